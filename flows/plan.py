@@ -1,0 +1,91 @@
+"""What a run would do, without doing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flows.archive import Archive
+from flows.graph import Node, build_graph
+from infra.code import changed_code
+from infra.environment import Home
+from schemas.artifacts import Artifact
+from schemas.pipeline import PipelineConfig
+
+Action = Literal["reuse", "resume", "run"]
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """What would happen to one stage, and why."""
+
+    name: str
+    """Name of the stage; for `prepare_data` with its split."""
+    action: Action
+    """`reuse` a finished artifact, `resume` from a checkpoint, or `run` from the start."""
+    reason: str
+    """One clause for a person."""
+    needs: tuple[str, ...] = ()
+    """Stages whose artifacts it reads."""
+    fingerprint: str | None = None
+    """None while it depends on stages that have yet to run."""
+    artifact: Artifact | None = None
+    """What is reused."""
+    changed: tuple[str, ...] = ()
+    """Files whose code has changed since a reused artifact was made."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would happen to every stage of a recipe."""
+
+    stages: tuple[PlannedStage, ...]
+
+    @property
+    def all_reused(self) -> bool:
+        """True if there is nothing left to do."""
+        return all(stage.action == "reuse" for stage in self.stages)
+
+
+def make_plan(config: PipelineConfig, home: Home) -> Plan:
+    """Look at a recipe's inputs and at the store, and say what would run.
+
+    Raises `UserError` for everything that is wrong with the inputs.
+    """
+    archive = Archive(home, config.registry.name)
+    nodes = build_graph(config, store=archive.store.root, find_incumbent=archive.incumbent)
+    artifacts: dict[str, Artifact] = {}
+    stages: list[PlannedStage] = []
+    for node in nodes:
+        stage = _planned(node, artifacts, archive)
+        if stage.artifact is not None:
+            artifacts[node.name] = stage.artifact
+        stages.append(stage)
+    return Plan(tuple(stages))
+
+
+def _planned(node: Node, artifacts: dict[str, Artifact], archive: Archive) -> PlannedStage:
+    waits = [name for name in node.needs if name not in artifacts]
+    if waits:
+        return PlannedStage(node.name, "run", f"after {', '.join(waits)}", node.needs)
+    request = node.build(artifacts)
+    found = archive.finished(request)
+    if found is not None:
+        changed = tuple(changed_code(found.created_by.code))
+        reason = "the same work is done"
+        if changed:
+            reason = f"reused, though the code has changed since: {_listed(changed)}"
+        return PlannedStage(
+            node.name, "reuse", reason, node.needs, request.fingerprint, found, changed
+        )
+    checkpoint = archive.latest_checkpoint(request.fingerprint)
+    if checkpoint is not None:
+        return PlannedStage(
+            node.name, "resume", f"from {checkpoint}", node.needs, request.fingerprint
+        )
+    return PlannedStage(node.name, "run", "not done before", node.needs, request.fingerprint)
+
+
+def _listed(files: tuple[str, ...]) -> str:
+    shown = ", ".join(files[:3])
+    return shown if len(files) <= 3 else f"{shown} and {len(files) - 3} more"

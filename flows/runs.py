@@ -1,0 +1,240 @@
+"""What is written down about a run: `runs/<run>/run.json` in the store."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from schemas.base import Frozen, UserError
+from schemas.fingerprint import digest
+from schemas.pipeline import PipelineConfig
+
+StageStatus = Literal["ran", "reused", "resumed"]
+RunStatus = Literal["running", "finished", "failed", "stopped"]
+
+
+class StageRow(Frozen):
+    """One stage of a run."""
+
+    name: str
+    """Name of the stage; for `prepare_data` with its split."""
+    status: StageStatus
+    """`ran`, `reused`, or `resumed` from a checkpoint."""
+    seconds: float
+    """Wall time in this run; 0 for a reused stage."""
+    peak_memory_bytes: int | None
+    """Largest resident memory of the stage's process; None for a reused stage."""
+    fingerprint: str
+    """What the work was."""
+    artifact: str
+    """Folder of the artifact, relative to the store."""
+
+
+class RunRecord(Frozen):
+    """One run of a recipe."""
+
+    run: str
+    """Name of the run."""
+    recipe: str
+    """Name of the recipe."""
+    seed: int
+    """Seed of every stage."""
+    store: str
+    """Root folder of the store."""
+    config_digest: str
+    """Digest of everything that was configured, apart from where it runs."""
+    status: RunStatus = "running"
+    """How the run stands."""
+    started: datetime
+    """When it was started first."""
+    ended: datetime | None = None
+    """When it ended."""
+    mlflow_run_id: str | None = None
+    """The MLflow run of the pipeline."""
+    stages: tuple[StageRow, ...] = ()
+    """Stages that are done, in order."""
+    evaluation: dict[str, Any] | None = None
+    """Scores of candidate, baseline and incumbent."""
+    reward_models: dict[str, Any] = Field(
+        default_factory=lambda: {"outcome": None, "process": None}
+    )
+    """Held-out numbers of the reward models; None where the recipe has none."""
+    decision: dict[str, Any] | None = None
+    """What the gate said, and what the registry did."""
+    outcome: str | None = None
+    """One sentence on how it ended."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The resolved configuration."""
+
+    def with_row(self, row: StageRow) -> RunRecord:
+        """The record with a stage's row added, or replaced where the stage has one."""
+        others = tuple(item for item in self.stages if item.name != row.name)
+        return self.model_copy(update={"stages": (*others, row)})
+
+    def document(self) -> dict[str, Any]:
+        """What `posttrain run --json` prints."""
+        return self.model_dump(
+            mode="json",
+            include={
+                "run",
+                "recipe",
+                "seed",
+                "store",
+                "mlflow_run_id",
+                "stages",
+                "evaluation",
+                "reward_models",
+                "decision",
+            },
+        )
+
+
+def config_digest(config: PipelineConfig) -> str:
+    """Identity of what a run was asked to do; where it runs is left out."""
+    content = config.model_dump(mode="json", exclude={"compute": True, "data": {"root"}})
+    return digest(content)
+
+
+class OpenRun:
+    """A run that this process works on, and nobody else."""
+
+    def __init__(self, record: RunRecord, folder: Path, reopened: bool) -> None:
+        self.record = record
+        self.folder = folder
+        self.reopened = reopened
+
+    def update(self, **fields: Any) -> None:
+        """Change fields of the record and write it."""
+        self.write(self.record.model_copy(update=fields))
+
+    def write(self, record: RunRecord) -> None:
+        """Replace the record in memory and, by one rename, on disk."""
+        self.record = record
+        temporary = self.folder / f"run.json.{os.getpid()}"
+        temporary.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.folder / "run.json")
+
+
+class Runs:
+    """The runs of a store."""
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        self.root = store / "runs"
+
+    def all(self) -> list[RunRecord]:
+        """Every run, the newest first; one whose process died is `stopped`."""
+        records = [self._read(path.parent) for path in self.root.glob("*/run.json")]
+        found = [record for record in records if record is not None]
+        return sorted(found, key=lambda record: (record.started, record.run), reverse=True)
+
+    def read(self, name: str) -> RunRecord:
+        """A run by name; `latest` is the newest. Raises `UserError` where there is none."""
+        records = self.all()
+        if name == "latest" and records:
+            return records[0]
+        for record in records:
+            if record.run == name:
+                return record
+        names = [record.run for record in records]
+        nearest = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        raise UserError(
+            f"there is no run {name} in {self.store}; {hint}"
+            + ("posttrain runs lists them" if names else "nothing has run there yet")
+        )
+
+    def latest_finished(self, digest: str) -> RunRecord | None:
+        """The newest finished run of a configuration."""
+        for record in self.all():
+            if record.config_digest == digest and record.status == "finished":
+                return record
+        return None
+
+    @contextlib.contextmanager
+    def open(self, config: PipelineConfig) -> Iterator[OpenRun]:
+        """The unfinished run of the same configuration, or a new one, held by this process.
+
+        A run whose process is alive is left to it.
+        """
+        wanted = config_digest(config)
+        for record in self.all():
+            if record.config_digest != wanted or record.status in ("finished", "running"):
+                continue
+            folder = self.root / record.run
+            with _lock(folder) as held:
+                if held:
+                    run = OpenRun(record, folder, reopened=True)
+                    run.update(status="running", ended=None, outcome=None, stages=())
+                    yield run
+                    return
+        folder = self._new_folder(config.name)
+        with _lock(folder) as held:
+            assert held, folder
+            record = RunRecord(
+                run=folder.name,
+                recipe=config.name,
+                seed=config.seed,
+                store=str(self.store),
+                config_digest=wanted,
+                started=datetime.now(UTC),
+                config=config.model_dump(mode="json"),
+            )
+            run = OpenRun(record, folder, reopened=False)
+            run.write(record)
+            yield run
+
+    def _new_folder(self, recipe: str) -> Path:
+        self.root.mkdir(parents=True, exist_ok=True)
+        stem = f"{recipe}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+        number = 1
+        while True:
+            folder = self.root / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return folder
+
+    def _read(self, folder: Path) -> RunRecord | None:
+        try:
+            record = RunRecord.model_validate_json((folder / "run.json").read_bytes())
+        except (OSError, ValidationError):
+            return None  # written by another version, or being removed
+        if record.status == "running":
+            with _lock(folder, shared=True) as free:
+                if free:
+                    return record.model_copy(update={"status": "stopped"})
+        return record
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, *, shared: bool = False) -> Iterator[bool]:
+    """Hold a run's lock, which the system takes back from a dead process; False if it is taken.
+
+    A shared lock is for looking whether a run is alive; it is held for an instant only, so the
+    owner of a run tries a few times.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with (folder / "lock").open("a") as file:
+        for _ in range(1 if shared else 5):
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.05)
+            else:
+                break
+        else:
+            yield False
+            return
+        yield True

@@ -1,0 +1,351 @@
+"""One run at work: executes stages, and writes down what came of them. Knows nothing of Prefect."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from flows.archive import Archive
+from flows.graph import Node, build_graph
+from flows.listener import Listener, listener
+from flows.runs import OpenRun, Runs, StageRow, StageStatus
+from infra.environment import Home
+from infra.launch import StageFailed, run_stage, terminate_all
+from infra.tail import last_lines
+from schemas.artifacts import (
+    Artifact,
+    EvaluationReport,
+    ModelScores,
+    PromotionDecision,
+    RewardModelCheckpoint,
+)
+from schemas.base import UserError
+from schemas.pipeline import PipelineConfig
+from schemas.requests import AnyRequest, PromoteRequest, StageRequest
+
+if TYPE_CHECKING:
+    from infra.mlflow_tracking import Tracking
+
+EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class Session:
+    """The state of one run: its graph, its artifacts so far, its record, and its tracking."""
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        home: Home,
+        run: OpenRun,
+        tracking: Tracking,
+        watcher: Listener,
+    ) -> None:
+        self.config = config
+        self.home = home
+        self.run = run
+        self.tracking = tracking
+        self.watcher = watcher
+        self.archive = Archive(home, config.registry.name)
+        self.store = self.archive.store
+        self.nodes = build_graph(
+            config, store=self.store.root, find_incumbent=self.archive.incumbent
+        )
+        self.artifacts: dict[str, Artifact] = {}
+        self._spent: dict[str, float] = {}
+
+    @property
+    def mlflow_run_id(self) -> str:
+        """The MLflow run of the pipeline."""
+        assert self.run.record.mlflow_run_id is not None
+        return self.run.record.mlflow_run_id
+
+    def reuse(self, node: Node) -> Artifact | None:
+        """The artifact of a stage whose work is done, verified to the byte; else None."""
+        request = node.build(self.artifacts)
+        artifact = self.archive.finished(request, verify=True)
+        if artifact is not None:
+            self._accept(node, artifact, "reused", 0.0, None)
+        return artifact
+
+    def execute(self, node: Node, log: Callable[[str], None]) -> Artifact | None:
+        """Do the work of a stage. Returns None only for a promotion that must be evaluated again.
+
+        Called again by a retry, it goes on from the last checkpoint.
+        """
+        started = time.monotonic()
+        request = node.build(self.artifacts)
+        self.watcher.started(node.name)
+
+        def on_line(text: str) -> None:
+            self.watcher.line(node.name, text)
+            log(text)
+
+        try:
+            with self._tracked(node, request) as mlflow_run_id:
+                runtime = request.runtime.model_copy(update={"mlflow_run_id": mlflow_run_id})
+                request = request.model_copy(update={"runtime": runtime})
+                if isinstance(request, PromoteRequest):
+                    return self._promote(node, request, started)
+                return self._run_stage(node, request, mlflow_run_id, on_line)
+        finally:
+            spent = self._spent.get(node.name, 0.0) + time.monotonic() - started
+            self._spent[node.name] = spent
+
+    def finish(self) -> None:
+        """Write down the results of a run that went through."""
+        report = self.artifacts["evaluate"]
+        decision = self.artifacts["promote"]
+        assert isinstance(report, EvaluationReport)
+        assert isinstance(decision, PromotionDecision)
+        self.run.update(
+            status="finished",
+            ended=datetime.now(UTC),
+            evaluation=evaluation_document(report),
+            reward_models=reward_models_document(self.artifacts),
+            decision=decision_document(decision, self.archive),
+            outcome="promoted" if decision.promoted else "refused by the gate",
+        )
+        tags = {
+            "posttrain.outcome": self.run.record.outcome or "",
+            "posttrain.decision": decision.fingerprint,
+            "posttrain.model_version": f"{decision.registered_model}/{decision.version}",
+        }
+        scores = {f"candidate/{k}": v for k, v in _scores(report.candidate).items()}
+        scores |= {f"baseline/{k}": v for k, v in _scores(report.baseline).items()}
+        scores |= {f"incumbent/{k}": v for k, v in _scores(report.incumbent).items()}
+        with self._tolerating_mlflow():
+            self.tracking.set_tags(self.mlflow_run_id, tags)
+            self.tracking.log_metrics(self.mlflow_run_id, scores)
+            self.tracking.finish_run(self.mlflow_run_id, "FINISHED")
+
+    def fail(self, error: BaseException) -> None:
+        """Write down that a run did not go through."""
+        stopped = not isinstance(error, Exception)
+        self.run.update(
+            status="stopped" if stopped else "failed",
+            ended=datetime.now(UTC),
+            outcome="stopped from outside" if stopped else str(error),
+        )
+        with self._tolerating_mlflow():
+            self.tracking.finish_run(self.mlflow_run_id, "KILLED" if stopped else "FAILED")
+
+    def _run_stage(
+        self,
+        node: Node,
+        request: StageRequest,
+        mlflow_run_id: str,
+        on_line: Callable[[str], None],
+    ) -> Artifact:
+        from infra.mlflow_tracking import MetricsShipper
+
+        with self.store.lock(request.fingerprint, on_wait=on_line):
+            # Another run may have done the work while this one waited.
+            found = self.archive.finished(request, verify=True)
+            if found is not None:
+                self._accept(node, found, "reused", 0.0, None)
+                return found
+            work = self.store.work_dir(request.fingerprint)
+            shipper = MetricsShipper(
+                self.tracking,
+                mlflow_run_id,
+                work / "metrics.jsonl",
+                work / f"shipped-{mlflow_run_id}.json",
+            )
+            with shipper, _log_quoted(work / "stage.log"):
+                outcome = run_stage(
+                    cast(AnyRequest, request),
+                    store=self.store,
+                    on_line=on_line,
+                    timeout=self.config.compute.stage_timeout,
+                    env={},
+                )
+        artifact = outcome.artifact
+        with self._tolerating_mlflow():
+            self.tracking.log_metrics(mlflow_run_id, artifact.metrics)
+            self.tracking.set_tags(mlflow_run_id, {"posttrain.sha256": artifact.sha256})
+        status: StageStatus = "ran" if outcome.resumed_from_step is None else "resumed"
+        seconds = self._spent.get(node.name, 0.0) + outcome.seconds
+        self._accept(node, artifact, status, seconds, outcome.peak_memory_bytes)
+        return artifact
+
+    def _promote(self, node: Node, request: PromoteRequest, started: float) -> Artifact | None:
+        from stages.promote import decide  # torch, for the bootstrap
+
+        decision = self.archive.promote(request, decide, self.mlflow_run_id)
+        if decision is None:
+            self.watcher.note(
+                f"another model became the champion of {self.config.registry.name} meanwhile; "
+                "evaluating against it"
+            )
+            return None
+        self._accept(node, decision, "ran", time.monotonic() - started, None)
+        return decision
+
+    def _accept(
+        self,
+        node: Node,
+        artifact: Artifact,
+        status: StageStatus,
+        seconds: float,
+        peak_memory_bytes: int | None,
+    ) -> None:
+        self.artifacts[node.name] = artifact
+        row = StageRow(
+            name=node.name,
+            status=status,
+            seconds=round(seconds, 3),
+            peak_memory_bytes=peak_memory_bytes,
+            fingerprint=artifact.fingerprint,
+            artifact=artifact.uri,
+        )
+        self.run.write(self.run.record.with_row(row))
+        self.watcher.done(row)
+        tag = f"{status} {artifact.fingerprint}"
+        if status == "reused" and artifact.mlflow_run_id:
+            tag += f" from MLflow run {artifact.mlflow_run_id}"
+        with self._tolerating_mlflow():
+            name = node.name.replace(":", ".")
+            self.tracking.set_tags(self.mlflow_run_id, {f"posttrain.stage.{name}": tag})
+
+    @contextlib.contextmanager
+    def _tracked(self, node: Node, request: StageRequest) -> Iterator[str]:
+        """The nested MLflow run of a stage; the same one in a retry."""
+        run_id = self.tracking.open_stage_run(
+            self.mlflow_run_id, node.name, request.fingerprint, _params(request)
+        )
+        status: EndStatus = "KILLED"
+        try:
+            yield run_id
+            status = "FINISHED"
+        except Exception:
+            status = "FAILED"
+            raise
+        finally:
+            with self._tolerating_mlflow():
+                self.tracking.finish_run(run_id, status)
+
+    @contextlib.contextmanager
+    def _tolerating_mlflow(self) -> Iterator[None]:
+        """What the store holds may be missing in MLflow: a server that is away ends nothing."""
+        try:
+            yield
+        except Exception as error:
+            self.watcher.note(f"MLflow was not told: {error}")
+
+
+@contextlib.contextmanager
+def open_session(config: PipelineConfig, home: Home) -> Iterator[Session]:
+    """A run of a recipe: the unfinished one of the same configuration, or a new one."""
+    from infra.mlflow_tracking import Tracking
+
+    tracking = Tracking(home.mlflow_uri)
+    with Runs(home.store.root).open(config) as run:
+        run_id = tracking.open_pipeline_run(
+            config.name,
+            run.record.run,
+            {
+                "posttrain.run": run.record.run,
+                "posttrain.recipe": config.name,
+                "posttrain.config_digest": run.record.config_digest,
+                "posttrain.store": str(home.store.root),
+            },
+        )
+        run.update(mlflow_run_id=run_id)
+        try:
+            session = Session(config, home, run, tracking, listener())
+        except UserError as error:
+            run.update(status="failed", ended=datetime.now(UTC), outcome=str(error))
+            tracking.finish_run(run_id, "FAILED")
+            raise
+        try:
+            yield session
+            session.finish()
+        except BaseException as error:
+            session.fail(error)
+            raise
+        finally:
+            terminate_all()
+
+
+def evaluation_document(report: EvaluationReport) -> dict[str, Any]:
+    """The scores of the three models, as `--json` prints them."""
+    return {
+        "candidate": _scores(report.candidate),
+        "baseline": _scores(report.baseline),
+        "incumbent": _scores(report.incumbent),
+    }
+
+
+def reward_models_document(artifacts: dict[str, Artifact]) -> dict[str, Any]:
+    """The held-out numbers of the reward models, None where there is none."""
+    outcome = artifacts.get("train_reward_model")
+    process = artifacts.get("train_process_reward_model")
+    return {
+        "outcome": _picked(outcome, ("accuracy",)),
+        "process": _picked(process, ("step_accuracy", "first_error_f1")),
+    }
+
+
+def decision_document(decision: PromotionDecision, archive: Archive) -> dict[str, Any]:
+    """What the gate said, with the aliases as they are now."""
+    aliases, rolled_back = archive.aliases_now(decision)
+    reasons = list(decision.reasons)
+    if rolled_back is not None:
+        reasons.append(f"rolled back since then: {rolled_back}")
+    return {
+        "promoted": decision.promoted,
+        "registered_model": decision.registered_model,
+        "version": decision.version,
+        "aliases": list(aliases),
+        "reasons": reasons,
+    }
+
+
+@contextlib.contextmanager
+def _log_quoted(log: Path) -> Iterator[None]:
+    """Notes the last lines of a stage's log on its failure, unless the failure quotes them."""
+    try:
+        yield
+    except StageFailed as error:
+        lines = last_lines(log, 8)
+        if lines and "\n  | " not in str(error):
+            error.add_note("\n".join(f"  | {line}" for line in lines))
+        raise
+
+
+def _picked(artifact: Artifact | None, names: tuple[str, ...]) -> dict[str, float] | None:
+    if artifact is None:
+        return None
+    assert isinstance(artifact, RewardModelCheckpoint)
+    return {name: artifact.metrics[name] for name in names}
+
+
+def _scores(scores: ModelScores) -> dict[str, float]:
+    return {
+        "pass@1": scores.pass_at["pass@1"],
+        "num_records": scores.num_records,
+        "kl": scores.kl,
+        "length": scores.length,
+        "truncated_fraction": scores.truncated_fraction,
+    }
+
+
+def _params(request: StageRequest) -> dict[str, Any]:
+    """The configuration of a stage: everything but where it runs and what it reads."""
+    params: dict[str, Any] = {}
+    for name in type(request).model_fields:
+        value = getattr(request, name)
+        if name in ("runtime", "sources") or _is_artifact(value) or value in (None, ()):
+            continue
+        params[name] = value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+    return params
+
+
+def _is_artifact(value: Any) -> bool:
+    return isinstance(value, Artifact) or (
+        isinstance(value, tuple) and any(isinstance(item, Artifact) for item in value)
+    )

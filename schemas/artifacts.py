@@ -1,0 +1,172 @@
+"""What passes between stages: frozen, typed, without tensors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from schemas.base import Frozen
+from schemas.data import Layout, SplitName
+from schemas.rl import Algorithm
+
+
+EVALUATION_RECORDS_FILE = "records.parquet"
+"""One row for each model, record and sample of an evaluation."""
+
+
+class CreatedBy(Frozen):
+    """The code and packages that made an artifact."""
+
+    posttrain: str
+    """Version of this distribution."""
+    python: str
+    """Version of the interpreter."""
+    packages: dict[str, str]
+    """Versions of the packages that decide the numbers."""
+    code: dict[str, str]
+    """Digest of the syntax tree (no comments, no docstrings) of each of our modules that ran."""
+
+
+class Artifact(Frozen):
+    """What every artifact carries."""
+
+    uri: str
+    """Folder of the content, relative to the store's root, so that a store can be moved."""
+    sha256: str
+    """Digest of the manifest: names and digests of all the files of the content."""
+    fingerprint: str
+    """What the work was: stage, version, configuration, inputs, user functions."""
+    parents: tuple[str, ...] = ()
+    """Fingerprints of the inputs."""
+    mlflow_run_id: str | None = None
+    """The nested MLflow run of the stage."""
+    created_by: CreatedBy
+    """Code and packages."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Final numbers of the stage."""
+
+
+class ModelContract(Frozen):
+    """What the next stage must agree on with this model."""
+
+    tokenizer_sha256: str
+    """Digest of the tokenizer's vocabulary, merges, normalisation and special tokens."""
+    chat_template_sha256: str | None
+    """Digest of the chat template, or None where there is none."""
+    pad_token_id: int
+    """Id that fills rows; it may equal the end id."""
+    eos_token_ids: tuple[int, ...]
+    """Ids that end a completion."""
+    architecture: str
+    """Class of the causal model, such as LlamaForCausalLM."""
+    vocab_size: int
+    """Rows of the embedding."""
+    max_positions: int
+    """Context length in tokens."""
+    dtype: str
+    """Number format of the saved parameters."""
+
+
+class DatasetArtifact(Artifact):
+    """Validated records of one split: `records.jsonl`, one record a line, each with its `id`."""
+
+    type: Literal["dataset"] = "dataset"
+    split: SplitName
+    layout: Layout
+    num_records: int
+    num_prompts: int
+    """Distinct prompts."""
+
+
+class PolicyCheckpoint(Artifact):
+    """A causal language model and its tokenizer: a plain Hugging Face folder."""
+
+    type: Literal["policy"] = "policy"
+    algorithm: Literal["sft"] | Algorithm
+    contract: ModelContract
+    num_parameters: int
+    num_steps: int
+    """Optimizer steps that were taken."""
+
+
+class RewardModelCheckpoint(Artifact):
+    """A reward model and its tokenizer: a plain Hugging Face folder."""
+
+    type: Literal["reward_model"] = "reward_model"
+    kind: Literal["outcome", "process"]
+    contract: ModelContract
+    pooling: Literal["last_token", "step_end"]
+    """Where a score is read: last non-padding token (from the mask), or last token of a step."""
+    step_separator: str | None = None
+    """Text that ends a step; only for `kind: process`."""
+    num_parameters: int
+    num_steps: int
+
+
+class ModelScores(Frozen):
+    """One model on the held-out records."""
+
+    sha256: str
+    """The model's content digest."""
+    num_records: int
+    num_samples: int
+    """Completions of each record."""
+    pass_at: dict[str, float]
+    """`pass@k` for each k, unbiased (Chen et al. 2021)."""
+    reward: float
+    """Mean composed reward (the verifier's where nothing else is configured)."""
+    kl: float
+    """Mean sequence KL to the SFT policy in nats, k1 on the model's own samples."""
+    length: float
+    """Mean completion length in tokens."""
+    truncated_fraction: float
+    """Share of the completions that were cut."""
+
+
+class EvaluationReport(Artifact):
+    """Candidate, baseline and incumbent; `records.parquet` holds every record of each."""
+
+    type: Literal["evaluation"] = "evaluation"
+    candidate: ModelScores
+    baseline: ModelScores
+    incumbent: ModelScores
+    incumbent_is_baseline: bool
+    """True for the first model of a registered name: the SFT policy is the incumbent."""
+
+
+class GateCheck(Frozen):
+    """One rule of the gate and the numbers it was judged on."""
+
+    rule: str
+    passed: bool
+    observed: float
+    required: float
+    reason: str
+    """One sentence for a person."""
+
+
+class PromotionDecision(Artifact):
+    """What the gate said, and what the registry did."""
+
+    type: Literal["decision"] = "decision"
+    promoted: bool
+    registered_model: str
+    version: str
+    """Version in the registry."""
+    aliases: tuple[str, ...]
+    """Aliases that the version holds after the decision."""
+    checks: tuple[GateCheck, ...]
+    reasons: tuple[str, ...]
+    """Why it was promoted or refused, one sentence each."""
+
+
+AnyArtifact = Annotated[
+    DatasetArtifact
+    | PolicyCheckpoint
+    | RewardModelCheckpoint
+    | EvaluationReport
+    | PromotionDecision,
+    Field(discriminator="type"),
+]
+artifact_adapter: TypeAdapter[AnyArtifact] = TypeAdapter(AnyArtifact)

@@ -1,0 +1,63 @@
+"""Which base model a pipeline starts from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from schemas.base import Frozen
+
+
+class BuiltModel(Frozen):
+    """A Llama with random weights and a character tokenizer, both made in code."""
+
+    alphabet: str
+    """Every character that the tokenizer knows; each becomes one token."""
+    hidden_size: int = Field(default=128, ge=8)
+    """Width of the residual stream."""
+    intermediate_size: int = Field(default=384, ge=8)
+    """Width of the gated MLP."""
+    num_layers: int = Field(default=3, ge=1)
+    """Decoder layers."""
+    num_heads: int = Field(default=4, ge=1)
+    """Attention heads (as many key-value heads)."""
+    max_positions: int = Field(default=256, ge=8)
+    """Context length in tokens."""
+    rope_theta: float = Field(default=10000.0, gt=0)
+    """Base of the rotary position embedding."""
+    chat_template: str | None = None
+    """Jinja template for `messages`, or None."""
+
+
+class ModelConfig(Frozen):
+    """The base model: exactly one of `built`, `path` and `hub`."""
+
+    built: BuiltModel | None = None
+    """A small model made from a configuration."""
+    path: str | None = None
+    """A Hugging Face folder, or `package:NAME` for the folder of an installed Python package."""
+    hub: str | None = None
+    """A hub model, `owner/name`."""
+    revision: str | None = None
+    """Revision of the hub model."""
+    gguf_file: str | None = None
+    """File name of a GGUF checkpoint inside the folder."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format in which parameters are trained and saved."""
+    trust_remote_code: bool = False
+    """Run code that the model's own folder or repository ships. Only for models you have read."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [n for n in ("built", "path", "hub") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "a model needs exactly one of built, path and hub; "
+                f"it has {', '.join(given) or 'none'}"
+            )
+        return self
+
+    def content(self) -> dict[str, Any]:
+        """What identifies the model's content, apart from the files behind `path`."""
+        return self.model_dump(mode="json", exclude={"path"})

@@ -1,0 +1,240 @@
+"""The reinforcement-learning stage: one section shared by the online algorithms, one for each."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from schemas.base import Frozen
+from schemas.training import OptimizerConfig
+
+Algorithm = Literal["ppo", "grpo", "rloo", "dpo"]
+LossAggregation = Literal["token_mean", "sequence_mean", "constant"]
+
+
+class SamplingConfig(Frozen):
+    """How completions are drawn. Temperature is applied on both sides, engine and trainer."""
+
+    temperature: float = Field(default=1.0, ge=0)
+    """Divides the logits; 0 means greedy (evaluation only)."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus: the smallest set of tokens with at least this probability."""
+    top_k: int = Field(default=0, ge=0)
+    """Keep the k likeliest tokens; 0 keeps all."""
+    max_completion_tokens: int = Field(ge=1)
+    """Longest completion; one that reaches it without an end token is truncated."""
+
+
+class RolloutConfig(Frozen):
+    """The engine that samples."""
+
+    engine: Literal["native", "vllm"] = "native"
+    """`native`: batched KV-cache sampling in torch. `vllm`: vLLM in the stage's process."""
+    max_batch_size: int = Field(default=512, ge=1)
+    """Most completions that are decoded at once."""
+
+
+class OnlineConfig(Frozen):
+    """What PPO, GRPO and RLOO share."""
+
+    num_steps: int = Field(default=50, ge=1)
+    """Rollout batches."""
+    prompts_per_step: int = Field(default=32, ge=1)
+    """Prompts in a rollout batch."""
+    group_size: int = Field(default=8, ge=1)
+    """Completions drawn for each prompt."""
+    num_epochs: int = Field(default=1, ge=1)
+    """Passes over a rollout batch."""
+    num_mini_batches: int = Field(default=1, ge=1)
+    """Optimizer steps in one pass over a rollout batch."""
+    micro_batch_tokens: int = Field(default=16384, ge=8)
+    """Token slots that go through the model at once."""
+    sampling: SamplingConfig
+    """How rollouts are drawn."""
+    overlong_buffer: int = Field(default=0, ge=0)
+    """DAPO's soft penalty grows over the last tokens before the limit; 0 turns it off."""
+    overlong_weight: float = Field(default=1.0, ge=0)
+    """Weight of the soft penalty."""
+    mask_truncated: bool = False
+    """Leave completions that were cut out of the loss."""
+    mismatch_cap: float = Field(default=2.0, gt=0)
+    """Cap of the importance weight between trainer and engine."""
+    max_mismatch_kl: float = Field(default=0.5, gt=0)
+    """The stage stops when the engine's distribution is further than this from the trainer's."""
+    max_truncated_fraction: float = Field(default=0.9, gt=0, le=1)
+    """The stage stops when a larger share of a rollout batch was cut."""
+    checkpoint_every: int = Field(default=10, ge=1)
+    """Rollout batches between checkpoints."""
+
+
+class PPOConfig(Frozen):
+    """Proximal policy optimisation (Schulman et al. 2017) with a learned critic."""
+
+    optimizer: OptimizerConfig
+    """The policy's optimiser."""
+    critic_optimizer: OptimizerConfig
+    """The critic's optimiser."""
+    critic_warmup_steps: int = Field(default=0, ge=0)
+    """Rollout batches on which only the critic is trained."""
+    critic_min_explained_variance: float = Field(default=0.2, le=1)
+    """With `credit: auto`, token-level credit is used above this explained variance."""
+    credit: Literal["token", "response", "auto"] = "auto"
+    """`token`: GAE. `response`: score less a baseline, the same for every token."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount of a token."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """Bias against variance in GAE."""
+    bootstrap_truncated: bool = False
+    """Use the critic's value after the last token of a completion that was cut."""
+    whiten_advantages: bool = True
+    """Advantages of a rollout batch get mean 0 and variance 1."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(default=0.2, gt=0)
+    """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Bound on the loss of negative advantages (Ye et al. 2020), or None."""
+    value_clip: float | None = Field(default=0.2, gt=0)
+    """Values move at most this far from the old ones, or None."""
+    kl_coef: float = Field(default=0.02, ge=0)
+    """Weight of the per-token KL penalty in the reward."""
+    kl_target: float | None = Field(default=None, gt=0)
+    """Sequence KL in nats that the adaptive controller aims at; None keeps `kl_coef` fixed."""
+    kl_horizon: int = Field(default=10000, ge=1)
+    """Completions over which the adaptive controller reacts."""
+    aggregation: LossAggregation = "token_mean"
+    """What the loss is a mean over."""
+
+
+class GRPOConfig(Frozen):
+    """Group relative policy optimisation (Shao et al. 2024, DeepSeekMath)."""
+
+    optimizer: OptimizerConfig
+    """The policy's optimiser."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """Divide by the standard deviation of the group, of the batch, or not (Dr. GRPO)."""
+    eps: float = Field(default=1e-4, ge=0)
+    """Added to the standard deviation."""
+    ratio: Literal["token", "sequence_mean"] = "token"
+    """Importance ratio by token, or by length-normalised sequence (GSPO)."""
+    loss: Literal["clip", "cispo"] = "clip"
+    """Clipped surrogate, or clipped importance weights (CISPO)."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(default=0.28, gt=0)
+    """The ratio is clipped above at 1 + clip_high."""
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Weight of the KL to the SFT policy."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """k3 in the loss (DeepSeekMath), or k1 in the reward."""
+    dynamic_sampling_rounds: int = Field(default=0, ge=0)
+    """Groups without variance are drawn again from new prompts, at most this many times (DAPO)."""
+    aggregation: LossAggregation = "token_mean"
+    """What the loss is a mean over."""
+
+
+class RLOOConfig(Frozen):
+    """REINFORCE leave-one-out (Ahmadian et al. 2024)."""
+
+    optimizer: OptimizerConfig
+    """The policy's optimiser."""
+    ratio: Literal["token", "sequence"] = "sequence"
+    """Importance ratio of a token or of the whole completion."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(default=0.2, gt=0)
+    """The ratio is clipped above at 1 + clip_high."""
+    kl_coef: float = Field(default=0.02, ge=0)
+    """Weight of the sequence KL (k1) in the reward."""
+    aggregation: LossAggregation = "sequence_mean"
+    """What the loss is a mean over."""
+
+
+class DPOConfig(Frozen):
+    """Direct preference optimisation (Rafailov et al. 2023)."""
+
+    optimizer: OptimizerConfig
+    """The policy's optimiser."""
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull to the reference policy."""
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """Which function of the margin is minimised."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Chance that a label is wrong (conservative DPO); for the sigmoid loss only."""
+    length_normalized: bool = False
+    """Use the mean logprob of a token in place of the sum."""
+    nll_coef: float = Field(default=0.0, ge=0)
+    """Weight of the chosen completion's negative log-likelihood (Pang et al. 2024)."""
+    pairs: Literal["data", "sampled"] = "data"
+    """Pairs from `data.preferences`, or from `sample_preferences`."""
+    num_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the pairs."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimizer steps, whichever comes first."""
+    batch_size: int = Field(default=32, ge=1)
+    """Pairs in one optimizer step."""
+    max_length: int = Field(ge=8)
+    """Longest prompt and completion in tokens; longer ones are cut, counted and reported."""
+    micro_batch_tokens: int = Field(default=8192, ge=8)
+    """Token slots that go through the model at once."""
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Optimizer steps between checkpoints."""
+    log_every: int = Field(default=10, ge=1)
+    """Optimizer steps between logged metrics."""
+    max_truncated_fraction: float = Field(default=0.1, ge=0, le=1)
+    """The stage stops before training if a larger share of the pairs had to be cut."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError("label_smoothing is defined for loss: sigmoid only; set it to 0")
+        return self
+
+
+class RLConfig(Frozen):
+    """The RL stage. Only the chosen algorithm's section matters, and only it is fingerprinted."""
+
+    algorithm: Algorithm = "grpo"
+    """Which algorithm runs."""
+    online: OnlineConfig | None = None
+    """Sampling and batching of PPO, GRPO and RLOO."""
+    ppo: PPOConfig | None = None
+    """Settings of PPO."""
+    grpo: GRPOConfig | None = None
+    """Settings of GRPO."""
+    rloo: RLOOConfig | None = None
+    """Settings of RLOO."""
+    dpo: DPOConfig | None = None
+    """Settings of DPO."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if getattr(self, self.algorithm) is None:
+            raise ValueError(
+                f"algorithm is {self.algorithm}, but section rl.{self.algorithm} is missing; add it"
+            )
+        if self.algorithm == "dpo":
+            return self
+        if self.online is None:
+            raise ValueError(f"{self.algorithm} samples; add section rl.online")
+        if self.algorithm in ("grpo", "rloo") and self.online.group_size < 2:
+            raise ValueError(
+                f"{self.algorithm} compares the completions of one prompt: "
+                f"rl.online.group_size must be at least 2, not {self.online.group_size}"
+            )
+        if self.online.sampling.temperature == 0:
+            raise ValueError("online RL cannot explore greedily: set a temperature above 0")
+        if self.online.prompts_per_step % self.online.num_mini_batches:
+            raise ValueError("rl.online.prompts_per_step must be a multiple of num_mini_batches")
+        return self
+
+    def chosen(self) -> RLConfig:
+        """The same configuration with the sections that this algorithm never reads left out."""
+        keep: dict[str, object] = {
+            "algorithm": self.algorithm,
+            self.algorithm: getattr(self, self.algorithm),
+        }
+        if self.algorithm != "dpo":
+            keep["online"] = self.online
+        return RLConfig.model_validate(keep)

@@ -1,0 +1,114 @@
+"""Optimisation settings and the configurations of the supervised stages."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from schemas.base import Frozen
+
+
+class OptimizerConfig(Frozen):
+    """AdamW with a warm-up and a schedule."""
+
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the moment estimates."""
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the optimizer steps over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape after the warm-up: cosine to `min_learning_rate_ratio`, or constant."""
+    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Where the cosine ends, as a share of the peak."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+
+
+class LoRAConfig(Frozen):
+    """Low-rank adapters (peft); they are merged into the weights when the stage ends."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the update."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale of the update, divided by the rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get an adapter."""
+
+
+class SupervisedConfig(Frozen):
+    """What SFT, reward-model and PRM training share."""
+
+    optimizer: OptimizerConfig
+    """Optimiser and schedule."""
+    num_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the records."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimizer steps, whichever comes first."""
+    batch_size: int = Field(default=32, ge=1)
+    """Records (pairs for a reward model) in one optimizer step, over all ranks."""
+    max_length: int = Field(ge=8)
+    """Longest sequence in tokens; longer ones are cut, counted and reported."""
+    micro_batch_tokens: int = Field(default=8192, ge=8)
+    """Token slots that go through the model at once."""
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Optimizer steps between checkpoints."""
+    log_every: int = Field(default=10, ge=1)
+    """Optimizer steps between logged metrics."""
+    max_truncated_fraction: float = Field(default=0.1, ge=0, le=1)
+    """The stage stops before training if a larger share of the records had to be cut."""
+
+
+class SFTConfig(SupervisedConfig):
+    """Supervised fine-tuning on completion tokens."""
+
+    packing: bool = True
+    """Pack several records into one row with block-diagonal attention."""
+    lora: LoRAConfig | None = None
+    """Train low-rank adapters in place of all the weights."""
+
+
+class RewardModelConfig(SupervisedConfig):
+    """Outcome reward model: Bradley-Terry on preference pairs."""
+
+    margin: float = Field(default=0.0, ge=0)
+    """Subtracted from the score difference inside the sigmoid."""
+    centering: float = Field(default=0.0, ge=0)
+    """Weight of `(r_chosen + r_rejected)^2`, which keeps scores around 0."""
+
+
+class ProcessRewardModelConfig(SupervisedConfig):
+    """Process reward model: right or wrong at the last token of each step."""
+
+
+class SamplePreferencesConfig(Frozen):
+    """Pairs drawn from the SFT policy."""
+
+    num_prompts: int = Field(ge=1)
+    """Prompts to sample from, the first ones of `data.prompts`."""
+    samples_per_prompt: int = Field(default=8, ge=2)
+    """Completions drawn for each prompt."""
+    pairs_per_prompt: int = Field(default=1, ge=1)
+    """At most this many pairs are kept for a prompt."""
+    ranker: Literal["verifier", "outcome"] = "verifier"
+    """What tells chosen from rejected."""
+    min_gap: float = Field(default=0.5, ge=0)
+    """Smallest score difference that makes a pair."""
+
+
+class LabelStepsConfig(Frozen):
+    """Step labels by Monte-Carlo continuation (Math-Shepherd, Wang et al. 2024, section 3.3)."""
+
+    num_prompts: int = Field(ge=1)
+    """Prompts to sample a solution for, the first ones of `data.prompts`."""
+    solutions_per_prompt: int = Field(default=1, ge=1)
+    """Solutions drawn for each prompt."""
+    continuations_per_step: int = Field(default=4, ge=1)
+    """Completions drawn from each prefix; a step is right if enough of them reach the answer."""
+    threshold: float = Field(default=0.0, ge=0, lt=1)
+    """A step is right if more than this share of its continuations is right (0: hard estimate)."""

@@ -1,0 +1,23 @@
+"""The records of a finished split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RECORDS_FILE = "records.jsonl"
+
+
+def iter_records(folder: Path) -> Iterator[dict[str, Any]]:
+    """The records in the content folder of a `DatasetArtifact`, in order, each with its `id`."""
+    with (folder / RECORDS_FILE).open("rb") as lines:
+        for line in lines:
+            record: dict[str, Any] = json.loads(line)
+            yield record
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """All the records in the content folder of a `DatasetArtifact`."""
+    return list(iter_records(folder))

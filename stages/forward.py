@@ -1,0 +1,174 @@
+"""What a model says about tokens: log-probabilities, and scores at chosen positions.
+
+The heads are applied by hand, at the positions that count and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stages.core.logprobs import chunked_token_logprobs
+from stages.models import head_of
+from stages.packing import PackedBatch, micro_batches, pack
+
+# Logits held at once, as elements of [chunk, vocabulary]: 16 MiB in fp32.
+_LOGIT_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompts with completions, as token ids."""
+
+    prompt_ids: Sequence[Sequence[int]]
+    completion_ids: Sequence[Sequence[int]]
+    pad_token_id: int
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def lengths(self) -> list[int]:
+        """Tokens of prompt and completion."""
+        return [len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
+
+    def select(self, indices: Sequence[int]) -> Sequences:
+        """Some of them, in the given order."""
+        return Sequences(
+            [self.prompt_ids[i] for i in indices],
+            [self.completion_ids[i] for i in indices],
+            self.pad_token_id,
+        )
+
+    def pack(self, device: torch.device, row_length: int | None = None) -> PackedBatch:
+        """Rows for the model."""
+        joined = [[*p, *c] for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
+        return pack(joined, pad_token_id=self.pad_token_id, device=device, row_length=row_length)
+
+
+def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Last hidden states of every slot, [_R * _L, _H]."""
+    output = model.base_model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask(),
+        use_cache=False,
+    )
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def logprobs_at(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of targets [_N] predicted at flat positions [_N], and entropies [_N]."""
+    head = model.get_output_embeddings()
+    vocabulary = head.weight.shape[0]
+    return chunked_token_logprobs(
+        hidden.index_select(0, positions),
+        head.weight,
+        targets,
+        temperature=temperature,
+        chunk_size=max(_LOGIT_ELEMENTS // vocabulary, 1),
+        bias=getattr(head, "bias", None),
+    )
+
+
+def completion_logprobs(
+    model: PreTrainedModel, sequences: Sequences, width: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of completion tokens, [_B, width] each, 0 as filling."""
+    batch = sequences.pack(model.device)
+    rows, columns, positions, targets = _completion_index(sequences, batch)
+    logprobs, entropy = logprobs_at(
+        model, hidden_states(model, batch), positions, targets, temperature
+    )
+    shape = (len(sequences), width)
+    return (
+        logprobs.new_zeros(shape).index_put((rows, columns), logprobs),
+        entropy.new_zeros(shape).index_put((rows, columns), entropy),
+    )
+
+
+def completion_values(model: PreTrainedModel, sequences: Sequences, width: int) -> Tensor:
+    """A critic's value of the state before each completion token, [_B, width], 0 as filling."""
+    batch = sequences.pack(model.device)
+    rows, columns, positions, _ = _completion_index(sequences, batch)
+    values = head_of(model)(hidden_states(model, batch).index_select(0, positions))[:, 0].float()
+    return values.new_zeros(len(sequences), width).index_put((rows, columns), values)
+
+
+def final_values(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """A critic's value of the state after the last token, [_B]."""
+    return scores_at(model, sequences, [[n - 1] for n in sequences.lengths()])[:, 0]
+
+
+def scores_at(
+    model: PreTrainedModel, sequences: Sequences, positions: Sequence[Sequence[int]]
+) -> Tensor:
+    """The head's output at given positions of each sequence, [sum of positions, num_labels].
+
+    Positions count from the first prompt token.
+    """
+    batch = sequences.pack(model.device)
+    flat = [start + p for start, own in zip(batch.starts, positions, strict=True) for p in own]
+    index = torch.tensor(flat, dtype=torch.long, device=model.device)
+    scores: Tensor = head_of(model)(hidden_states(model, batch).index_select(0, index))
+    return scores.float()
+
+
+@torch.inference_mode()
+def all_completion_logprobs(
+    model: PreTrainedModel, sequences: Sequences, width: int, max_tokens: int, temperature: float
+) -> Tensor:
+    """`completion_logprobs` without gradient, in micro-batches."""
+    out = torch.zeros(len(sequences), width, device=model.device)
+    for indices in micro_batches(sequences.lengths(), max_tokens):
+        logprobs, _ = completion_logprobs(model, sequences.select(indices), width, temperature)
+        out[indices] = logprobs.float()
+    return out.clone()
+
+
+@torch.inference_mode()
+def all_completion_values(
+    model: PreTrainedModel, sequences: Sequences, width: int, max_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Values before each token [_B, width], and after the last one [_B], without gradient."""
+    values = torch.zeros(len(sequences), width, device=model.device)
+    after = torch.zeros(len(sequences), device=model.device)
+    for indices in micro_batches(sequences.lengths(), max_tokens):
+        chosen = sequences.select(indices)
+        values[indices] = completion_values(model, chosen, width)
+        after[indices] = final_values(model, chosen)
+    return values.clone(), after.clone()
+
+
+def _completion_index(
+    sequences: Sequences, batch: PackedBatch
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row, column) of each completion token, where it is predicted, and its id; flat, [_N]."""
+    rows: list[int] = []
+    columns: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    for b, (prompt, completion) in enumerate(
+        zip(sequences.prompt_ids, sequences.completion_ids, strict=True)
+    ):
+        assert prompt, "a completion is predicted from its prompt: it cannot be empty"
+        first = batch.starts[b] + len(prompt) - 1
+        rows += [b] * len(completion)
+        columns += range(len(completion))
+        positions += range(first, first + len(completion))
+        targets += completion
+    device = batch.input_ids.device
+    rows_, columns_, positions_, targets_ = (
+        torch.tensor(x, dtype=torch.long, device=device)
+        for x in (rows, columns, positions, targets)
+    )
+    return rows_, columns_, positions_, targets_

@@ -1,0 +1,56 @@
+"""Trained reward models as scorers of rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stages.forward import Sequences, scores_at
+from stages.models import load_with_head
+from stages.packing import micro_batches
+
+
+def load_scorer(folder: Path, kind: str, device: torch.device) -> PreTrainedModel:
+    """A frozen reward model; kind is `outcome` or `process`."""
+    return load_with_head(folder, kind).to(device).eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def outcome_scores(model: PreTrainedModel, sequences: Sequences, max_tokens: int) -> Tensor:
+    """The raw score at the last token of each sequence, [_B]."""
+    scores = torch.zeros(len(sequences), device=model.device)
+    for indices in micro_batches(sequences.lengths(), max_tokens):
+        chosen = sequences.select(indices)
+        scores[indices] = scores_at(model, chosen, [[n - 1] for n in chosen.lengths()])[:, 0]
+    return scores.clone()
+
+
+@torch.inference_mode()
+def step_scores(
+    model: PreTrainedModel,
+    sequences: Sequences,
+    step_ends: Sequence[Sequence[int]],
+    max_tokens: int,
+) -> list[Tensor]:
+    """P(right) at each step's last token; one tensor [_S] a sequence, empty where no step is.
+
+    step_ends count from the first completion token.
+    """
+    scores = [torch.zeros(0, device=model.device) for _ in range(len(sequences))]
+    scored = [index for index, ends in enumerate(step_ends) if ends]
+    lengths = sequences.lengths()
+    for batch in micro_batches([lengths[index] for index in scored], max_tokens):
+        indices = [scored[i] for i in batch]
+        chosen = sequences.select(indices)
+        positions = [
+            [len(chosen.prompt_ids[i]) + end for end in step_ends[index]]
+            for i, index in enumerate(indices)
+        ]
+        right = scores_at(model, chosen, positions).softmax(-1)[:, 1]
+        for index, own in zip(indices, right.split([len(own) for own in positions]), strict=True):
+            scores[index] = own.clone()
+    return scores

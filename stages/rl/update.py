@@ -1,0 +1,188 @@
+"""From experience and credit to optimizer steps, in micro-batches with global denominators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from schemas.base import UserError
+from schemas.rl import OnlineConfig
+from stages.core.aggregation import aggregate, denominator
+from stages.core.losses import mismatch_kl, mismatch_weights
+from stages.core.masks import masked_sum
+from stages.forward import completion_logprobs, completion_values
+from stages.optimization import Optimizer
+from stages.packing import micro_batches
+from stages.rl.algorithms import OnlineAlgorithm
+from stages.rl.experience import Credit, Experience, TrainBatch
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A policy, perhaps a critic, and their optimizers."""
+
+    policy: PreTrainedModel
+    policy_optimizer: Optimizer
+    critic: PreTrainedModel | None = None
+    critic_optimizer: Optimizer | None = None
+
+
+def update(
+    learner: Learner,
+    experience: Experience,
+    credit: Credit,
+    algorithm: OnlineAlgorithm,
+    config: OnlineConfig,
+    *,
+    seed: int,
+    train_policy: bool,
+    engine_is_exact: bool,
+) -> dict[str, float]:
+    """Passes over a rollout batch; returns the metrics of the update, means over its steps."""
+    batch = TrainBatch(
+        advantages=credit.advantages,
+        completion_mask=experience.completion_mask,
+        old_logprobs=experience.old_logprobs,
+        rollout_logprobs=experience.rollout_logprobs,
+        ref_logprobs=experience.ref_logprobs,
+        returns=credit.returns,
+        old_values=experience.values,
+    )
+    found: list[dict[str, float]] = []
+    for rows in _mini_batches(experience, config, seed):
+        metrics: dict[str, float] = {}
+        if train_policy:
+            metrics |= _policy_step(
+                learner, experience, batch, rows, algorithm, config, engine_is_exact
+            )
+            if not found:
+                # Before the first update of the batch, policy and engine must still be the same.
+                _check_mismatch(metrics["mismatch_kl"], config)
+        if learner.critic is not None:
+            metrics |= _critic_step(learner, experience, batch, rows, algorithm, config)
+        found.append(metrics)
+    names = found[0].keys()
+    means = {name: sum(metrics[name] for metrics in found) / len(found) for name in names}
+    if train_policy:
+        means["mismatch_kl"] = found[0]["mismatch_kl"]
+    return means
+
+
+def _policy_step(
+    learner: Learner,
+    experience: Experience,
+    batch: TrainBatch,
+    rows: list[int],
+    algorithm: OnlineAlgorithm,
+    config: OnlineConfig,
+    engine_is_exact: bool,
+) -> dict[str, float]:
+    mask = batch.completion_mask[rows]
+    total = _denominator(mask, algorithm, config)
+    num_tokens = max(float(mask.sum()), 1.0)
+    sums = dict.fromkeys(("policy/loss", "ratio/clip_fraction", "entropy", "mismatch_kl"), 0.0)
+    learner.policy.train()
+    for chosen in _micro(experience, rows, config.micro_batch_tokens):
+        micro = batch.select(chosen)
+        logprobs, entropy = completion_logprobs(
+            learner.policy,
+            experience.sequences.select(chosen),
+            experience.width,
+            config.sampling.temperature,
+        )
+        token_loss = algorithm.loss(logprobs, micro)
+        per_token = token_loss.per_token
+        if not engine_is_exact:
+            per_token = per_token * mismatch_weights(
+                micro.old_logprobs,
+                micro.rollout_logprobs,
+                micro.completion_mask,
+                config.mismatch_cap,
+                "token",
+            )
+        loss = aggregate(per_token, micro.completion_mask, algorithm.aggregation, total)
+        loss.backward()  # type: ignore[no-untyped-call]
+        sums["policy/loss"] += loss.item()
+        share = float(micro.completion_mask.sum()) / num_tokens
+        sums["mismatch_kl"] += share * mismatch_kl(
+            logprobs.detach(), micro.rollout_logprobs, micro.completion_mask
+        )
+        for name, value in (("ratio/clip_fraction", token_loss.clipped), ("entropy", entropy)):
+            sums[name] += masked_sum(value.float(), micro.completion_mask).item() / num_tokens
+    return sums | learner.policy_optimizer.step()
+
+
+def _critic_step(
+    learner: Learner,
+    experience: Experience,
+    batch: TrainBatch,
+    rows: list[int],
+    algorithm: OnlineAlgorithm,
+    config: OnlineConfig,
+) -> dict[str, float]:
+    assert learner.critic is not None and learner.critic_optimizer is not None
+    assert algorithm.critic is not None
+    mask = batch.completion_mask[rows]
+    total = denominator(mask, "token_mean")
+    sums = {"critic/loss": 0.0, "critic/clip_fraction": 0.0}
+    learner.critic.train()
+    for chosen in _micro(experience, rows, config.micro_batch_tokens):
+        micro = batch.select(chosen)
+        values = completion_values(
+            learner.critic, experience.sequences.select(chosen), experience.width
+        )
+        token_loss = algorithm.critic.loss(values, micro)
+        loss = aggregate(token_loss.per_token, micro.completion_mask, "token_mean", total)
+        loss.backward()  # type: ignore[no-untyped-call]
+        sums["critic/loss"] += loss.item()
+        clipped = masked_sum(token_loss.clipped.float(), micro.completion_mask).item()
+        sums["critic/clip_fraction"] += clipped / total
+    step = learner.critic_optimizer.step()
+    return sums | {"critic/grad_norm": step["grad_norm"]}
+
+
+def _denominator(mask: Tensor, algorithm: OnlineAlgorithm, config: OnlineConfig) -> float:
+    total = denominator(
+        mask, algorithm.aggregation, constant_length=config.sampling.max_completion_tokens
+    )
+    if total == 0:
+        raise UserError(
+            "every completion of an optimizer step was left out of the loss (all were truncated): "
+            "raise rl.online.sampling.max_completion_tokens, or set mask_truncated to false"
+        )
+    return total
+
+
+def _mini_batches(experience: Experience, config: OnlineConfig, seed: int) -> list[list[int]]:
+    """Rows of each optimizer step: a new shuffle for each pass."""
+    num_rows = len(experience.rollouts)
+    size = num_rows // config.num_mini_batches
+    batches: list[list[int]] = []
+    for epoch in range(config.num_epochs):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        order = torch.randperm(num_rows, generator=generator).tolist()
+        batches += [
+            order[start : start + size] for start in range(0, size * config.num_mini_batches, size)
+        ]
+    return batches
+
+
+def _micro(experience: Experience, rows: Sequence[int], max_tokens: int) -> list[list[int]]:
+    lengths = experience.sequences.lengths()
+    return [
+        [rows[i] for i in indices]
+        for indices in micro_batches([lengths[row] for row in rows], max_tokens)
+    ]
+
+
+def _check_mismatch(observed: float, config: OnlineConfig) -> None:
+    if observed > config.max_mismatch_kl:
+        raise UserError(
+            f"the engine's distribution is {observed:.3f} nats a token away from the trainer's, "
+            f"above rl.online.max_mismatch_kl {config.max_mismatch_kl}: "
+            "check that both use the same weights, temperature and number format"
+        )

@@ -1,0 +1,122 @@
+"""Batched key-value-cache sampling in torch, for any causal language model of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from schemas.rl import SamplingConfig
+from stages.rollout.checks import check_lengths
+from stages.rollout.decoding import Completions, Context
+from stages.rollout.types import Rollout
+
+Row = tuple[int, int]
+"""Prompt and sample."""
+
+
+class NativeEngine:
+    """Samples from the trainer's own module, so that new weights need no copy.
+
+    Prompts of a batch go through the model once each, and their completions share the result.
+    Every completion has its own random stream, so that it does not depend on the other rows of
+    its batch (only the last bits of its logits do: matrix kernels vary with the shape).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        max_batch_size: int,
+    ) -> None:
+        self._model = model
+        self._eos_token_ids = torch.tensor(sorted(eos_token_ids), device=model.device)
+        self._pad_token_id = pad_token_id
+        self._max_batch_size = max_batch_size
+        self._version = 0
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        num_samples: int,
+        seed: int,
+    ) -> list[Rollout]:
+        """Draw `num_samples` completions of every prompt, those of the first prompt first."""
+        check_lengths(prompt_ids, sampling, self._model.config)
+        # Prompts of like length share a batch, and padding stays small.
+        order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
+        rows = [(prompt, number) for prompt in order for number in range(num_samples)]
+        found: dict[Row, Rollout] = {}
+        with _evaluating(self._model), torch.inference_mode():
+            for start in range(0, len(rows), self._max_batch_size):
+                batch = rows[start : start + self._max_batch_size]
+                found.update(self._decode(prompt_ids, batch, sampling, seed))
+        return [found[row] for row in sorted(rows)]
+
+    def update_weights(self, policy: PreTrainedModel, version: int) -> None:
+        """Take the version; the weights are the trainer's own, and so are new already."""
+        assert policy is self._model, "the native engine samples from the module it was made with"
+        self._version = version
+
+    def close(self) -> None:
+        """Let go of the model."""
+        del self._model
+
+    def _decode(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        batch: Sequence[Row],
+        sampling: SamplingConfig,
+        seed: int,
+    ) -> Iterator[tuple[Row, Rollout]]:
+        """Sample the rows of one batch to their ends."""
+        prompts = list(dict.fromkeys(prompt for prompt, _ in batch))
+        context = Context(
+            self._model,
+            [prompt_ids[prompt] for prompt in prompts],
+            sampling.max_completion_tokens,
+            self._pad_token_id,
+        )
+        completions = Completions(batch, sampling, seed, self._model.device)
+        place = {prompt: index for index, prompt in enumerate(prompts)}
+        context.select(
+            torch.tensor([place[prompt] for prompt, _ in batch], device=self._model.device)
+        )
+        while True:
+            tokens = completions.draw(context.logits, self._eos_token_ids)
+            if completions.done:
+                break
+            keep = completions.compact()
+            if keep is not None:
+                context.select(keep)
+                tokens = tokens[keep]
+            context.advance(tokens)
+        for row, (ids, logprobs, stopped) in zip(batch, completions.finish(), strict=True):
+            yield (
+                row,
+                Rollout(
+                    prompt_ids=list(prompt_ids[row[0]]),
+                    completion_ids=ids,
+                    rollout_logprobs=logprobs,
+                    finish_reason="stop" if stopped else "length",
+                    policy_version=self._version,
+                    prompt_index=row[0],
+                ),
+            )
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout off while sampling; the module is the trainer's, so its mode comes back."""
+    training = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,164 @@
+"""Outcome reward model: Bradley-Terry on pairs, the score read at the last token."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from infra.devices import resolve_device
+from infra.store import Store
+from infra.tracking import Tracker
+from schemas.artifacts import DatasetArtifact, RewardModelCheckpoint
+from schemas.requests import TrainRewardModelRequest
+from schemas.training import RewardModelConfig
+from stages import supervised
+from stages.core.losses import bradley_terry_loss
+from stages.core.metrics import expected_calibration_error
+from stages.data.records import read_records
+from stages.forward import Sequences, scores_at
+from stages.models import load_tokenizer, load_with_head, num_parameters, save_model
+from stages.packing import micro_batches
+from stages.provenance import provenance
+from stages.tokenization import encode_pair
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt with a chosen and a rejected completion, as token ids."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    def length(self) -> int:
+        """Tokens of the longer side."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+def run(
+    request: TrainRewardModelRequest, *, run_dir: Path, tracker: Tracker
+) -> RewardModelCheckpoint:
+    """Train on preferences and evaluate on held-out pairs.
+
+    Raises UserError before training if too many pairs have to be cut.
+    """
+    config = request.config
+    store = Store(request.runtime.store)
+    folder = store.path(request.policy)
+    tokenizer = load_tokenizer(folder)
+    pairs, num_truncated = encode_pairs(
+        read_pairs(store, request.preferences), tokenizer, config.max_length
+    )
+    held_out, _ = encode_pairs(read_pairs(store, [request.held_out]), tokenizer, config.max_length)
+    supervised.refuse_truncation(
+        "pairs", num_truncated, len(pairs), config.max_truncated_fraction, config.max_length
+    )
+    model = load_with_head(folder, "outcome", request.seed)
+    model = model.to(resolve_device(request.runtime.device))
+    pad_token_id = tokenizer.pad_token_id
+    result = supervised.train(
+        model,
+        num_records=len(pairs),
+        micro_losses=lambda indices: micro_losses(
+            model, [pairs[i] for i in indices], pad_token_id, config
+        ),
+        settings=config,
+        seed=request.seed,
+        run_dir=run_dir,
+        tracker=tracker,
+    )
+    metrics = evaluate(model, held_out, pad_token_id, config.micro_batch_tokens)
+    logger.info("held-out pairwise accuracy %.3f", metrics["accuracy"])
+    tracker.log_metrics({f"held_out/{k}": v for k, v in metrics.items()}, result.num_steps)
+    content = run_dir / "content"
+    contract = save_model(model, tokenizer, content)
+    return RewardModelCheckpoint(
+        **provenance(request, content),
+        kind="outcome",
+        contract=contract,
+        pooling="last_token",
+        num_parameters=num_parameters(model),
+        num_steps=result.num_steps,
+        metrics=metrics | {"loss": result.metrics["loss"], "num_truncated": num_truncated},
+    )
+
+
+def read_pairs(store: Store, datasets: Sequence[DatasetArtifact]) -> list[dict[str, object]]:
+    """The records of several data sets, one after the other."""
+    return [record for dataset in datasets for record in read_records(store.path(dataset))]
+
+
+def encode_pairs(
+    records: Sequence[dict[str, object]], tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> tuple[list[Pair], int]:
+    """Pairs, and how many of them were cut to max_length."""
+    pairs: list[Pair] = []
+    num_truncated = 0
+    for record in records:
+        prompt_ids, chosen = encode_pair(tokenizer, record["prompt"], record["chosen"])  # type: ignore[arg-type]
+        _, rejected = encode_pair(tokenizer, record["prompt"], record["rejected"])  # type: ignore[arg-type]
+        pair = Pair(prompt_ids, chosen, rejected)
+        if pair.length() > max_length:
+            num_truncated += 1
+            room = max_length - len(prompt_ids)
+            pair = Pair(prompt_ids, chosen[: max(room, 0)], rejected[: max(room, 0)])
+        pairs.append(pair)
+    return pairs, num_truncated
+
+
+def score_pairs(
+    model: PreTrainedModel, pairs: Sequence[Pair], pad_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """Scores of the chosen and the rejected completions, [_B] each."""
+    prompts = [pair.prompt_ids for pair in pairs]
+    completions = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    sequences = Sequences(prompts * 2, completions, pad_token_id)
+    scores = scores_at(model, sequences, [[n - 1] for n in sequences.lengths()])[:, 0]
+    return scores[: len(pairs)], scores[len(pairs) :]
+
+
+def micro_losses(
+    model: PreTrainedModel, pairs: Sequence[Pair], pad_token_id: int, config: RewardModelConfig
+) -> Iterator[supervised.MicroLoss]:
+    """Mean Bradley-Terry loss over the pairs of the optimizer step, by micro-batch."""
+    lengths = [pair.length() for pair in pairs]
+    for indices in micro_batches(lengths, config.micro_batch_tokens // 2):
+        chosen, rejected = score_pairs(model, [pairs[i] for i in indices], pad_token_id)
+        margin = torch.full_like(chosen, config.margin)
+        loss = bradley_terry_loss(chosen, rejected, margin, config.centering).sum()
+        right = (chosen > rejected).sum().item()
+        yield supervised.MicroLoss(loss / len(pairs), {"accuracy": right / len(pairs)})
+
+
+@torch.inference_mode()
+def evaluate(
+    model: PreTrainedModel, pairs: Sequence[Pair], pad_token_id: int, max_tokens: int
+) -> dict[str, float]:
+    """Held-out accuracy (a tie counts half), calibration, and the distribution of the scores."""
+    gaps = torch.zeros(len(pairs))
+    scores: list[Tensor] = []
+    for indices in micro_batches([pair.length() for pair in pairs], max_tokens // 2):
+        chosen, rejected = score_pairs(model, [pairs[i] for i in indices], pad_token_id)
+        gaps[indices] = (chosen - rejected).cpu()
+        scores += [chosen.cpu(), rejected.cpu()]
+    everything = torch.cat(scores)
+    # Confidence that the chosen side is the better one, against whether it is (always): folded so
+    # that the two classes are balanced.
+    confidence = torch.sigmoid(gaps.abs())
+    right = (gaps > 0).float() + 0.5 * (gaps == 0).float()
+    return {
+        "accuracy": right.mean().item(),
+        "calibration_error": expected_calibration_error(confidence, (gaps > 0).float()),
+        "margin/mean": gaps.mean().item(),
+        "score/mean": everything.mean().item(),
+        "score/std": everything.std().item(),
+        "num_pairs": float(len(pairs)),
+    }

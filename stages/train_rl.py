@@ -1,0 +1,162 @@
+"""The reinforcement-learning stage: PPO, GRPO, RLOO or DPO by one word of configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from infra.devices import resolve_device
+from infra.store import Store
+from infra.tracking import Tracker
+from schemas.artifacts import PolicyCheckpoint
+from schemas.base import UserError
+from schemas.requests import TrainRLRequest
+from schemas.rl import OnlineConfig
+from stages import supervised
+from stages.data.records import read_records
+from stages.models import load_policy, load_tokenizer, load_with_head, num_parameters, save_model
+from stages.provenance import provenance
+from stages.rewards.composition import build_rewarder
+from stages.rl import dpo, online
+from stages.rl.algorithms import online_algorithm
+from stages.rl.rollouts import PromptRecord
+from stages.rollout.engine import build_engine
+from stages.tokenization import encode_prompt
+from stages.train_reward_model import encode_pairs, read_pairs
+
+
+def run(request: TrainRLRequest, *, run_dir: Path, tracker: Tracker) -> PolicyCheckpoint:
+    """Train the SFT policy by the chosen algorithm; the SFT policy stays the reference."""
+    store = Store(request.runtime.store)
+    folder = store.path(request.policy)
+    device = resolve_device(request.runtime.device)
+    tokenizer = load_tokenizer(folder)
+    policy = load_policy(folder, device)
+    if request.config.algorithm == "dpo":
+        num_steps, metrics, audit = _offline(request, policy, tokenizer, run_dir, tracker)
+    else:
+        num_steps, metrics, audit = _online(request, policy, tokenizer, run_dir, tracker)
+    content = run_dir / "content"
+    contract = save_model(policy, tokenizer, content)
+    (content / "posttrain.json").write_text(json.dumps(audit, indent=2, sort_keys=True) + "\n")
+    return PolicyCheckpoint(
+        **provenance(request, content),
+        algorithm=request.config.algorithm,
+        contract=contract,
+        num_parameters=num_parameters(policy),
+        num_steps=num_steps,
+        metrics=metrics,
+    )
+
+
+def _online(
+    request: TrainRLRequest,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    run_dir: Path,
+    tracker: Tracker,
+) -> tuple[int, dict[str, float], dict[str, Any]]:
+    config = request.config.online
+    assert config is not None and request.reward is not None
+    assert request.prompts is not None and request.rollout is not None
+    store = Store(request.runtime.store)
+    folder = store.path(request.policy)
+    algorithm = online_algorithm(request.config)
+    reference = load_policy(folder, policy.device).eval().requires_grad_(False)
+    critic = None
+    if algorithm.critic is not None:
+        critic = load_with_head(folder, "value", request.seed).to(policy.device)
+    engine = build_engine(
+        request.rollout,
+        model=policy,
+        model_folder=folder,
+        eos_token_ids=request.policy.contract.eos_token_ids,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    rewarder = build_rewarder(
+        request.reward,
+        tokenizer,
+        request.policy.contract,
+        store=store,
+        outcome=request.reward_model,
+        process=request.process_reward_model,
+        step_separator=request.step_separator,
+        max_tokens=config.micro_batch_tokens,
+        device=policy.device,
+    )
+    prompts = encode_prompts(read_records(store.path(request.prompts)), tokenizer)
+    _check_context(prompts, config, request.policy.contract.max_positions)
+    try:
+        result = online.train(
+            online.Models(policy, reference, critic),
+            algorithm,
+            engine,
+            rewarder,
+            prompts,
+            config,
+            pad_token_id=tokenizer.pad_token_id,
+            engine_is_exact=request.rollout.engine == "native",
+            seed=request.seed,
+            run_dir=run_dir,
+            tracker=tracker,
+        )
+    finally:
+        engine.close()
+        rewarder.close()
+    return result.num_steps, result.metrics, {"credit": algorithm.state_dict()}
+
+
+def _offline(
+    request: TrainRLRequest,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    run_dir: Path,
+    tracker: Tracker,
+) -> tuple[int, dict[str, float], dict[str, Any]]:
+    config = request.config.dpo
+    assert config is not None and request.preferences is not None
+    store = Store(request.runtime.store)
+    records = read_pairs(store, [request.preferences])
+    pairs, num_truncated = encode_pairs(records, tokenizer, config.max_length)
+    supervised.refuse_truncation(
+        "pairs", num_truncated, len(pairs), config.max_truncated_fraction, config.max_length
+    )
+    pad_token_id = tokenizer.pad_token_id
+    # Before the first update the policy is the reference; a resumed policy no longer is.
+    model = load_policy(store.path(request.policy), policy.device).eval()
+    reference = dpo.reference_logprobs(model, pairs, pad_token_id, config)
+    del model
+    result = supervised.train(
+        policy,
+        num_records=len(pairs),
+        micro_losses=lambda rows: dpo.micro_losses(
+            policy, [pairs[row] for row in rows], reference.select(rows), pad_token_id, config
+        ),
+        settings=config,
+        seed=request.seed,
+        run_dir=run_dir,
+        tracker=tracker,
+    )
+    return result.num_steps, result.metrics | {"num_truncated": num_truncated}, {}
+
+
+def encode_prompts(
+    records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast
+) -> list[PromptRecord]:
+    """Verifiable records with their prompts as token ids."""
+    return [PromptRecord(r, encode_prompt(tokenizer, r["prompt"])) for r in records]
+
+
+def _check_context(prompts: list[PromptRecord], config: OnlineConfig, max_positions: int) -> None:
+    longest = max(prompts, key=lambda prompt: len(prompt.prompt_ids))
+    needed = len(longest.prompt_ids) + config.sampling.max_completion_tokens
+    if needed > max_positions:
+        raise UserError(
+            f"prompt {longest.record['id']} has {len(longest.prompt_ids)} tokens; with "
+            f"rl.online.sampling.max_completion_tokens {config.sampling.max_completion_tokens} "
+            f"that is {needed}, beyond the model's context of {max_positions}: lower the limit, "
+            "or drop long prompts"
+        )

@@ -1,0 +1,177 @@
+"""Supervised fine-tuning: cross entropy on the tokens that the assistant writes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from infra.devices import resolve_device
+from infra.store import Store
+from infra.tracking import Tracker
+from schemas.artifacts import PolicyCheckpoint
+from schemas.base import UserError
+from schemas.requests import TrainSFTRequest
+from schemas.training import LoRAConfig, SFTConfig
+from stages import supervised
+from stages.data.records import read_records
+from stages.forward import hidden_states, logprobs_at
+from stages.models import load_base, max_positions, num_parameters, save_model
+from stages.packing import micro_batches, pack
+from stages.provenance import provenance
+from stages.tokenization import encode_messages, encode_pair
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, and which of them are trained on."""
+
+    input_ids: list[int]
+    trainable: list[bool]
+
+
+def run(request: TrainSFTRequest, *, run_dir: Path, tracker: Tracker) -> PolicyCheckpoint:
+    """Fine-tune the base model on demonstrations.
+
+    Raises UserError before training for records without a trainable token, too many cut records,
+    a missing chat template, or a max_length beyond the model's context.
+    """
+    config = request.config
+    store = Store(request.runtime.store)
+    model, tokenizer = load_base(request.model, request.seed)
+    if config.max_length > max_positions(model):
+        raise UserError(
+            f"sft.max_length is {config.max_length}, but the model's context holds "
+            f"{max_positions(model)} tokens: lower it"
+        )
+    records = read_records(store.path(request.demonstrations))
+    examples, num_truncated = encode(records, tokenizer, config)
+    model = model.to(resolve_device(request.runtime.device))
+    trained = _with_adapters(model, config.lora, request.seed) if config.lora else model
+    result = supervised.train(
+        trained,
+        num_records=len(examples),
+        micro_losses=lambda indices: micro_losses(
+            trained, [examples[i] for i in indices], tokenizer.pad_token_id, config
+        ),
+        settings=config,
+        seed=request.seed,
+        run_dir=run_dir,
+        tracker=tracker,
+    )
+    content = run_dir / "content"
+    plain = trained.merge_and_unload() if config.lora else trained
+    contract = save_model(plain, tokenizer, content)
+    return PolicyCheckpoint(
+        **provenance(request, content),
+        algorithm="sft",
+        contract=contract,
+        num_parameters=num_parameters(plain),
+        num_steps=result.num_steps,
+        metrics={
+            "loss": result.metrics["loss"],
+            "num_records": len(examples),
+            "num_truncated": num_truncated,
+            "num_trainable_tokens": sum(sum(example.trainable) for example in examples),
+        },
+    )
+
+
+def encode(
+    records: Sequence[dict[str, object]], tokenizer: PreTrainedTokenizerFast, config: SFTConfig
+) -> tuple[list[Example], int]:
+    """Examples, and how many were cut to max_length."""
+    examples: list[Example] = []
+    num_truncated = 0
+    empty: list[str] = []
+    for record in records:
+        example = _example(record, tokenizer)
+        if len(example.input_ids) > config.max_length:
+            num_truncated += 1
+            example = Example(
+                example.input_ids[: config.max_length], example.trainable[: config.max_length]
+            )
+        # The first token of a sequence is predicted from nothing.
+        if not any(example.trainable[1:]):
+            empty.append(str(record["id"]))
+        examples.append(example)
+    supervised.refuse_truncation(
+        "demonstrations",
+        num_truncated,
+        len(examples),
+        config.max_truncated_fraction,
+        config.max_length,
+    )
+    if empty:
+        raise UserError(
+            f"{len(empty)} of {len(examples)} demonstrations have no token to train on "
+            f"(first: record {empty[0]}): their completion is empty, or lies behind "
+            f"sft.max_length {config.max_length}; drop them or raise the limit"
+        )
+    return examples, num_truncated
+
+
+def micro_losses(
+    model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, config: SFTConfig
+) -> Iterator[supervised.MicroLoss]:
+    """Mean cross entropy over the trainable tokens of the optimizer step, by micro-batch."""
+    denominator = sum(sum(example.trainable[1:]) for example in examples)
+    lengths = [len(example.input_ids) for example in examples]
+    for indices in micro_batches(lengths, config.micro_batch_tokens):
+        chosen = [examples[i] for i in indices]
+        batch = pack(
+            [example.input_ids for example in chosen],
+            pad_token_id=pad_token_id,
+            device=model.device,
+            row_length=config.max_length if config.packing else None,
+        )
+        flat = [
+            (start + t - 1, example.input_ids[t])
+            for start, example in zip(batch.starts, chosen, strict=True)
+            for t in range(1, len(example.input_ids))
+            if example.trainable[t]
+        ]
+        index = torch.tensor(flat, dtype=torch.long, device=model.device)
+        causal = model.get_base_model() if config.lora else model
+        logprobs, entropy = logprobs_at(
+            causal, hidden_states(causal, batch), index[:, 0], index[:, 1]
+        )
+        yield supervised.MicroLoss(
+            -logprobs.sum() / denominator, {"entropy": entropy.sum().item() / denominator}
+        )
+
+
+def _example(record: dict[str, object], tokenizer: PreTrainedTokenizerFast) -> Example:
+    if "messages" in record:
+        return Example(*encode_messages(tokenizer, record["messages"]))  # type: ignore[arg-type]
+    prompt_ids, completion_ids = encode_pair(
+        tokenizer,
+        record["prompt"],  # type: ignore[arg-type]
+        record["completion"],  # type: ignore[arg-type]
+    )
+    return Example(
+        prompt_ids + completion_ids, [False] * len(prompt_ids) + [True] * len(completion_ids)
+    )
+
+
+def _with_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> PreTrainedModel:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    modules = config.target_modules
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=modules if isinstance(modules, str) else list(modules),
+        ),
+    )

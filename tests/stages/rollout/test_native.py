@@ -1,0 +1,282 @@
+"""The native engine against loops that are too simple to be wrong."""
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from scipy import stats
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+
+from schemas.base import UserError
+from schemas.rl import SamplingConfig
+from stages.rollout.native import NativeEngine
+
+EOS = 2
+PROMPTS = [[5, 6, 7], [4], [3, 9, 8, 4, 10, 11, 5], [6, 6], [12, 3, 4, 5]]
+
+
+def llama(**changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    settings: dict[str, object] = {
+        "vocab_size": 16,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=16, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3
+        )
+    )
+
+
+def mistral() -> MistralForCausalLM:
+    """A model whose layers look back four tokens only."""
+    torch.manual_seed(0)
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=16,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            sliding_window=4,
+            initializer_range=0.3,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return llama()
+
+
+def engine(model: PreTrainedModel, *, max_batch_size: int = 64, eos: int = EOS) -> NativeEngine:
+    return NativeEngine(model, eos_token_ids=[eos], pad_token_id=EOS, max_batch_size=max_batch_size)
+
+
+def logits_of(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([ids])).logits[0].double()
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], limit: int) -> list[int]:
+    completion: list[int] = []
+    while len(completion) < limit and completion[-1:] != [EOS]:
+        completion.append(int(logits_of(model, prompt + completion)[-1].argmax()))
+    return completion
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, mistral])
+def test_greedy_is_the_argmax_without_a_cache(make) -> None:
+    model = make()
+    sampling = SamplingConfig(temperature=0, max_completion_tokens=12)
+    rollouts = engine(model).generate(PROMPTS, sampling, num_samples=1, seed=0)
+    assert [r.prompt_ids for r in rollouts] == PROMPTS
+    for prompt, rollout in zip(PROMPTS, rollouts, strict=True):
+        assert rollout.completion_ids == greedy(model, prompt, 12)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, mistral])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 1.0, 0), (0.7, 0.8, 5), (0.0, 1.0, 0)]
+)
+def test_logprobs_are_those_of_a_full_forward(make, temperature, top_p, top_k) -> None:
+    model = make()
+    sampling = SamplingConfig(
+        temperature=temperature, top_p=top_p, top_k=top_k, max_completion_tokens=12
+    )
+    for rollout in engine(model).generate(PROMPTS, sampling, num_samples=3, seed=1):
+        logits = logits_of(model, rollout.prompt_ids + rollout.completion_ids)
+        logits = logits[len(rollout.prompt_ids) - 1 : -1] / (temperature or 1.0)
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(rollout.completion_ids)[:, None])
+        assert rollout.rollout_logprobs == pytest.approx(expected.squeeze(1).tolist(), abs=1e-5)
+
+
+def test_order_groups_and_versions(model: LlamaForCausalLM) -> None:
+    sampling = SamplingConfig(max_completion_tokens=5)
+    sampler = engine(model)
+    before = sampler.generate(PROMPTS, sampling, num_samples=3, seed=1)
+    assert [r.prompt_index for r in before] == [i for i in range(len(PROMPTS)) for _ in range(3)]
+    assert {r.policy_version for r in before} == {0}
+    sampler.update_weights(model, 7)
+    after = sampler.generate(PROMPTS, sampling, num_samples=3, seed=1)
+    assert {r.policy_version for r in after} == {7}
+    assert [r.completion_ids for r in after] == [r.completion_ids for r in before]
+    assert len({tuple(r.completion_ids) for r in before[:3]}) > 1
+
+
+def test_same_seed_is_bitwise_the_same_and_another_is_not(model: LlamaForCausalLM) -> None:
+    sampling = SamplingConfig(max_completion_tokens=20)
+    first, again, other = (
+        engine(model).generate(PROMPTS, sampling, num_samples=8, seed=seed) for seed in (3, 3, 4)
+    )
+    assert first == again
+    assert [r.completion_ids for r in first] != [r.completion_ids for r in other]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_completion_does_not_depend_on_its_batch(model: LlamaForCausalLM, top_p: float) -> None:
+    sampling = SamplingConfig(max_completion_tokens=20, top_p=top_p)
+    whole = engine(model).generate(PROMPTS, sampling, num_samples=6, seed=3)
+    # 7 cuts through groups; the first two prompts alone are never padded to the longest one.
+    chunked = engine(model, max_batch_size=7).generate(PROMPTS, sampling, num_samples=6, seed=3)
+    fewer = engine(model).generate(PROMPTS[:2], sampling, num_samples=6, seed=3)
+    single = engine(model, max_batch_size=1).generate(PROMPTS, sampling, num_samples=6, seed=3)
+    for others in (chunked, fewer, single):
+        for rollout, expected in zip(others, whole, strict=False):
+            assert rollout.completion_ids == expected.completion_ids
+            assert rollout.rollout_logprobs == pytest.approx(expected.rollout_logprobs, abs=1e-5)
+
+
+def test_first_samples_do_not_depend_on_how_many_are_drawn(model: LlamaForCausalLM) -> None:
+    sampling = SamplingConfig(max_completion_tokens=20)
+    two, five = (
+        engine(model).generate(PROMPTS[:1], sampling, num_samples=num, seed=3) for num in (2, 5)
+    )
+    assert [r.completion_ids for r in two] == [r.completion_ids for r in five[:2]]
+
+
+def test_sampled_sequences_follow_the_exact_distribution() -> None:
+    model = llama(vocab_size=5, initializer_range=0.2)
+    prompt, limit, temperature, num_samples = [3, 4], 3, 0.8, 20_000
+    expected: dict[tuple[int, ...], float] = {}
+    for completion in itertools.chain.from_iterable(
+        itertools.product(range(5), repeat=length) for length in range(1, limit + 1)
+    ):
+        ended = completion[-1] == EOS
+        if EOS in completion[:-1] or (len(completion) < limit and not ended):
+            continue
+        logits = logits_of(model, prompt + list(completion))[len(prompt) - 1 : -1] / temperature
+        chosen = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])
+        expected[completion] = math.exp(chosen.sum().item())
+    assert sum(expected.values()) == pytest.approx(1.0)
+    sampling = SamplingConfig(temperature=temperature, max_completion_tokens=limit)
+    rollouts = engine(model, max_batch_size=4096).generate(
+        [prompt], sampling, num_samples=num_samples, seed=11
+    )
+    counts = Counter(tuple(r.completion_ids) for r in rollouts)
+    assert set(counts) <= set(expected)
+    result = stats.chisquare(
+        [counts[c] for c in expected], [p * num_samples for p in expected.values()]
+    )
+    assert result.pvalue > 0.01
+
+
+@pytest.mark.parametrize("pad", [EOS, 0])
+def test_end_token_closes_and_limit_cuts(model: LlamaForCausalLM, pad: int) -> None:
+    sampler = NativeEngine(model, eos_token_ids=[EOS], pad_token_id=pad, max_batch_size=64)
+    sampling = SamplingConfig(temperature=1.5, max_completion_tokens=8)
+    rollouts = sampler.generate(PROMPTS, sampling, num_samples=20, seed=0)
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+    for rollout in rollouts:
+        ids = rollout.completion_ids
+        assert len(ids) == len(rollout.rollout_logprobs)
+        assert EOS not in ids[:-1]
+        assert (ids[-1] == EOS) == (rollout.finish_reason == "stop")
+        assert rollout.truncated == (rollout.finish_reason == "length")
+        assert len(ids) == 8 or not rollout.truncated
+
+
+def test_pad_id_does_not_matter_even_as_a_prompt_token(model: LlamaForCausalLM) -> None:
+    sampling = SamplingConfig(max_completion_tokens=8)
+    prompts = [[EOS, 5, EOS], [EOS], [4, 5, 6, 7, EOS]]
+    found = [
+        NativeEngine(model, eos_token_ids=[EOS], pad_token_id=pad, max_batch_size=64).generate(
+            prompts, sampling, num_samples=4, seed=5
+        )
+        for pad in (EOS, 0, 9)
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_immediate_end_token_is_a_completion_of_one_token(model: LlamaForCausalLM) -> None:
+    first = greedy(model, PROMPTS[0], 1)[0]
+    sampling = SamplingConfig(temperature=0, max_completion_tokens=8)
+    sampler = engine(model, eos=first)
+    (rollout,) = sampler.generate(PROMPTS[:1], sampling, num_samples=1, seed=0)
+    assert rollout.completion_ids == [first]
+    assert rollout.finish_reason == "stop"
+    assert len(rollout.rollout_logprobs) == 1
+
+
+def test_limit_of_one_token_and_any_of_several_end_tokens(model: LlamaForCausalLM) -> None:
+    sampler = NativeEngine(model, eos_token_ids=[EOS, 5, 9], pad_token_id=EOS, max_batch_size=64)
+    one = SamplingConfig(max_completion_tokens=1)
+    assert all(
+        len(r.completion_ids) == 1 and r.truncated == (r.completion_ids[0] not in (EOS, 5, 9))
+        for r in sampler.generate(PROMPTS, one, num_samples=10, seed=0)
+    )
+    many = SamplingConfig(max_completion_tokens=30)
+    ends = {
+        r.completion_ids[-1]
+        for r in sampler.generate(PROMPTS, many, num_samples=10, seed=0)
+        if not r.truncated
+    }
+    assert ends <= {EOS, 5, 9}
+    assert len(ends) > 1
+
+
+def test_training_mode_comes_back_and_dropout_is_off() -> None:
+    model = llama(attention_dropout=0.5)
+    sampling = SamplingConfig(temperature=0, max_completion_tokens=6)
+    expected = greedy(model, PROMPTS[0], 6)
+    model.train()
+    (rollout,) = engine(model).generate(PROMPTS[:1], sampling, num_samples=1, seed=0)
+    assert rollout.completion_ids == expected
+    assert model.training
+    # The module stays usable for training after sampling from it.
+    loss = model(input_ids=torch.tensor([PROMPTS[2]]), labels=torch.tensor([PROMPTS[2]])).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_training_mode_comes_back_after_an_error() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    model.train()
+    with pytest.raises(UserError, match="diverged"):
+        engine(model).generate(
+            PROMPTS, SamplingConfig(max_completion_tokens=4), num_samples=2, seed=0
+        )
+    assert model.training
+
+
+def test_nothing_to_sample_gives_nothing(model: LlamaForCausalLM) -> None:
+    sampling = SamplingConfig(max_completion_tokens=4)
+    assert engine(model).generate([], sampling, num_samples=4, seed=0) == []
+
+
+def test_prompts_that_cannot_be_sampled_are_named(model: LlamaForCausalLM) -> None:
+    sampling = SamplingConfig(max_completion_tokens=60)
+    with pytest.raises(UserError, match=r"prompt 1 has 5 tokens.*context of 64.*max_completion"):
+        engine(model).generate([[3] * 4, [3] * 5], sampling, num_samples=1, seed=0)
+    with pytest.raises(UserError, match="prompt 0 has no tokens"):
+        engine(model).generate([[]], sampling, num_samples=1, seed=0)
+
+
+def test_other_weights_are_refused(model: LlamaForCausalLM) -> None:
+    with pytest.raises(AssertionError, match="the module it was made with"):
+        engine(model).update_weights(llama(), 1)
