@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from infra.store import Store
@@ -36,9 +37,9 @@ class Home:
             ) from error
         return home
 
-    @property
+    @cached_property
     def store(self) -> Store:
-        """The store of artifacts."""
+        """The store of artifacts; one object, which knows what it has verified and locked."""
         return Store(self.root / "store")
 
     @property

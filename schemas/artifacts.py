@@ -10,7 +10,6 @@ from schemas.base import Frozen
 from schemas.data import Layout, SplitName
 from schemas.rl import Algorithm
 
-
 EVALUATION_RECORDS_FILE = "records.parquet"
 """One row for each model, record and sample of an evaluation."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from infra.devices import resolve_device
 from infra.store import Store
@@ -113,7 +113,7 @@ def _sample(
     policy: PolicyCheckpoint,
     request: EvaluateRequest,
     store: Store,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[PromptRecord],
     rewarder: Rewarder,
     device: torch.device,
@@ -188,7 +188,7 @@ def _write_records(
     path: Path,
     sampled: dict[str, Sampled],
     prompts: Sequence[PromptRecord],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """One row for each model, record and sample."""
     import pyarrow as pa

@@ -57,7 +57,8 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
         attention_mask=batch.attention_mask(),
         use_cache=False,
     )
-    return output.last_hidden_state.flatten(0, 1)
+    hidden: Tensor = output.last_hidden_state
+    return hidden.flatten(0, 1)
 
 
 def logprobs_at(
@@ -100,7 +101,8 @@ def completion_values(model: PreTrainedModel, sequences: Sequences, width: int) 
     """A critic's value of the state before each completion token, [_B, width], 0 as filling."""
     batch = sequences.pack(model.device)
     rows, columns, positions, _ = _completion_index(sequences, batch)
-    values = head_of(model)(hidden_states(model, batch).index_select(0, positions))[:, 0].float()
+    hidden = hidden_states(model, batch).index_select(0, positions)
+    values: Tensor = head_of(model)(hidden)[:, 0].float()
     return values.new_zeros(len(sequences), width).index_put((rows, columns), values)
 
 
@@ -119,8 +121,8 @@ def scores_at(
     batch = sequences.pack(model.device)
     flat = [start + p for start, own in zip(batch.starts, positions, strict=True) for p in own]
     index = torch.tensor(flat, dtype=torch.long, device=model.device)
-    scores: Tensor = head_of(model)(hidden_states(model, batch).index_select(0, index))
-    return scores.float()
+    scores: Tensor = head_of(model)(hidden_states(model, batch).index_select(0, index)).float()
+    return scores
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
+    PreTrainedTokenizerBase,
 )
 
 from schemas.artifacts import ModelContract
@@ -35,7 +35,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _UNSUPPORTED_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-def load_base(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_base(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model and its tokenizer. Raises UserError where either cannot be had."""
     if config.built is not None:
         return _build(config.built, seed)
@@ -48,7 +48,7 @@ def load_base(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrain
             "put tokenizer.json and tokenizer_config.json into the folder"
         ) from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source, dtype=_DTYPES[config.dtype], attn_implementation="sdpa", **options
         )
     except (OSError, ValueError, KeyError) as error:
@@ -75,7 +75,7 @@ def model_folder(config: ModelConfig) -> Path | None:
 
 def load_policy(folder: Path, device: torch.device) -> PreTrainedModel:
     """A causal model from an artifact's folder (safetensors only)."""
-    return _load(AutoModelForCausalLM, folder).to(device)
+    return to_device(_load(AutoModelForCausalLM, folder), device)
 
 
 def load_with_head(folder: Path, kind: str, seed: int | None = None) -> PreTrainedModel:
@@ -112,15 +112,17 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
     raise UserError(f"{type(model).__name__} has no linear head named score or classifier")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of an artifact's folder."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True
+    )
     assert tokenizer.pad_token_id is not None
     return tokenizer
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> ModelContract:
     """Write a plain Hugging Face folder and say what the next stage must agree on."""
     model.save_pretrained(folder, safe_serialization=True)
@@ -128,7 +130,7 @@ def save_model(
     return contract(model, tokenizer)
 
 
-def contract(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> ModelContract:
+def contract(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelContract:
     """What two models must share before the tokens of one mean anything to the other."""
     return ModelContract(
         tokenizer_sha256=hashlib.sha256(_tokenizer_identity(tokenizer).encode()).hexdigest(),
@@ -140,7 +142,7 @@ def contract(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Mode
         pad_token_id=tokenizer.pad_token_id,
         eos_token_ids=eos_token_ids(model, tokenizer),
         architecture=type(model).__name__,
-        vocab_size=model.get_input_embeddings().weight.shape[0],
+        vocab_size=vocabulary_size(model),
         max_positions=max_positions(model),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
     )
@@ -157,7 +159,7 @@ def check_contract(name: str, ours: ModelContract, theirs_name: str, theirs: Mod
             )
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every id that ends a completion: the tokenizer's, and those of the generation settings."""
     ids = {tokenizer.eos_token_id}
     generation = getattr(model, "generation_config", None)
@@ -174,12 +176,25 @@ def max_positions(model: PreTrainedModel) -> int:
     return int(getattr(model.config, "max_position_embeddings", 0)) or 2**31 - 1
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the embedding, which may be more than the tokenizer has tokens."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return int(weight.shape[0])
+
+
+def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """`model.to(device)`, with a type."""
+    nn.Module.to(model, device)
+    return model
+
+
 def num_parameters(model: nn.Module) -> int:
     """Parameters, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _build(config: BuiltModel, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def _build(config: BuiltModel, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = build_character_tokenizer(config)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
@@ -236,7 +251,8 @@ def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     fresh = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     fresh.load_state_dict(model.state_dict())
     fresh.generation_config = model.generation_config
-    return fresh.to(model.dtype)
+    copy: PreTrainedModel = fresh.to(model.dtype)
+    return copy
 
 
 def _check_head(model: PreTrainedModel) -> None:
@@ -256,7 +272,7 @@ def _load(cls: Any, folder: Path, **options: Any) -> PreTrainedModel:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return cls.from_pretrained(
+        model: PreTrainedModel = cls.from_pretrained(
             folder,
             config=config,
             local_files_only=True,
@@ -265,9 +281,10 @@ def _load(cls: Any, folder: Path, **options: Any) -> PreTrainedModel:
         )
     finally:
         logger.setLevel(level)
+    return model
 
 
-def _tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> str:
+def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """Vocabulary, merges, normalisation and special tokens.
 
     Padding and truncation are settings of a call, not of the tokenizer, and are left out.

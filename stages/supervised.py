@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from transformers import PreTrainedModel
 
 from infra.tracking import Tracker
 from schemas.base import UserError
-from schemas.training import OptimizerConfig
+from schemas.rl import DPOConfig
+from schemas.training import SupervisedConfig
 from stages import termination
 from stages.checkpoint import Checkpoints
 from stages.optimization import Optimizer
@@ -24,21 +24,8 @@ from stages.ordering import records_at
 logger = logging.getLogger(__name__)
 
 
-class OfflineSettings(Protocol):
-    """The part of a stage's configuration that this loop reads."""
-
-    @property
-    def optimizer(self) -> OptimizerConfig: ...
-    @property
-    def num_epochs(self) -> float: ...
-    @property
-    def max_steps(self) -> int | None: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def checkpoint_every(self) -> int: ...
-    @property
-    def log_every(self) -> int: ...
+OfflineSettings = SupervisedConfig | DPOConfig
+"""The configurations of the stages that learn from fixed records."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +110,7 @@ def _step(
 ) -> dict[str, float]:
     totals: dict[str, float] = {"loss": 0.0}
     for micro in micro_losses(indices):
-        micro.loss.backward()  # type: ignore[no-untyped-call]
+        micro.loss.backward()
         totals["loss"] += micro.loss.item()
         for name, value in micro.metrics.items():
             totals[name] = totals.get(name, 0.0) + value

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from schemas.base import UserError
 
@@ -14,7 +14,7 @@ Messages = Sequence[dict[str, Any]]
 Prompt = str | Messages
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: as it is for text, through the chat template for messages."""
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt).input_ids
@@ -23,7 +23,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[in
 
 
 def encode_pair(
-    tokenizer: PreTrainedTokenizerFast, prompt: Prompt, completion: Prompt
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of its completion, the end token included."""
     prompt_ids = encode_prompt(tokenizer, prompt)
@@ -42,7 +42,7 @@ def encode_pair(
 
 
 def encode_messages(
-    tokenizer: PreTrainedTokenizerFast, messages: Messages
+    tokenizer: PreTrainedTokenizerBase, messages: Messages
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and which of them the assistant wrote (its end token too)."""
     input_ids: list[int] = []
@@ -61,10 +61,9 @@ def encode_messages(
     return input_ids, trainable
 
 
-def completion_text(tokenizer: PreTrainedTokenizerFast, completion_ids: Sequence[int]) -> str:
+def completion_text(tokenizer: PreTrainedTokenizerBase, completion_ids: Sequence[int]) -> str:
     """What a completion says, special tokens left out."""
-    text: str = tokenizer.decode(list(completion_ids), skip_special_tokens=True)
-    return text
+    return _decode(tokenizer, list(completion_ids), skip_special_tokens=True)
 
 
 def steps_completion(prompt: Prompt, steps: Sequence[str], separator: str) -> Prompt:
@@ -80,7 +79,7 @@ class StepFinder:
     that is not special. Steps of white space alone belong to the step before them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, separator: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, separator: str) -> None:
         self._tokenizer = tokenizer
         self._separator = separator
         self._special = set(tokenizer.all_special_ids)
@@ -112,12 +111,12 @@ class StepFinder:
     def _piece(self, token: int) -> str:
         piece = self._pieces.get(token)
         if piece is None:
-            piece = self._pieces[token] = self._tokenizer.decode([token])
+            piece = self._pieces[token] = _decode(self._tokenizer, [token])
         return piece
 
 
 def labelled_step_ends(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     steps: Sequence[str],
     separator: str,
@@ -149,7 +148,7 @@ def labelled_step_ends(
 
 
 def _apply_template(
-    tokenizer: PreTrainedTokenizerFast, messages: Messages, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False
 ) -> list[int]:
     if not tokenizer.chat_template:
         raise UserError(
@@ -157,7 +156,7 @@ def _apply_template(
             "set one in tokenizer_config.json (or model.built.chat_template), "
             "or use the plain prompt/completion layout"
         )
-    encoded = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         list(messages),
         tokenize=True,
         add_generation_prompt=add_generation_prompt,
@@ -167,7 +166,13 @@ def _apply_template(
     return ids
 
 
-def _end_at_eos(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], **options: bool) -> str:
+    text = tokenizer.decode(ids, **options)
+    assert isinstance(text, str)
+    return text
+
+
+def _end_at_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """A template may write a newline after the end token; sampling stops at the token."""
     if tokenizer.eos_token_id in ids:
         last = len(ids) - 1 - ids[::-1].index(tokenizer.eos_token_id)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infra.devices import resolve_device
 from infra.store import Store
@@ -22,7 +22,7 @@ from stages import supervised
 from stages.core.losses import step_cross_entropy
 from stages.core.metrics import expected_calibration_error, first_error_f1
 from stages.forward import Sequences, scores_at
-from stages.models import load_tokenizer, load_with_head, num_parameters, save_model
+from stages.models import load_tokenizer, load_with_head, num_parameters, save_model, to_device
 from stages.packing import micro_batches
 from stages.provenance import provenance
 from stages.tokenization import labelled_step_ends
@@ -66,8 +66,9 @@ def run(
         config.max_truncated_fraction,
         config.max_length,
     )
-    model = load_with_head(folder, "process", request.seed)
-    model = model.to(resolve_device(request.runtime.device))
+    model = to_device(
+        load_with_head(folder, "process", request.seed), resolve_device(request.runtime.device)
+    )
     pad_token_id = tokenizer.pad_token_id
     result = supervised.train(
         model,
@@ -103,7 +104,7 @@ def run(
 
 def encode(
     records: Sequence[dict[str, object]],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     separator: str,
     max_length: int,
 ) -> tuple[list[Labelled], int]:

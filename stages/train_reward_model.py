@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infra.devices import resolve_device
 from infra.store import Store
@@ -22,7 +22,7 @@ from stages.core.losses import bradley_terry_loss
 from stages.core.metrics import expected_calibration_error
 from stages.data.records import read_records
 from stages.forward import Sequences, scores_at
-from stages.models import load_tokenizer, load_with_head, num_parameters, save_model
+from stages.models import load_tokenizer, load_with_head, num_parameters, save_model, to_device
 from stages.packing import micro_batches
 from stages.provenance import provenance
 from stages.tokenization import encode_pair
@@ -61,8 +61,9 @@ def run(
     supervised.refuse_truncation(
         "pairs", num_truncated, len(pairs), config.max_truncated_fraction, config.max_length
     )
-    model = load_with_head(folder, "outcome", request.seed)
-    model = model.to(resolve_device(request.runtime.device))
+    model = to_device(
+        load_with_head(folder, "outcome", request.seed), resolve_device(request.runtime.device)
+    )
     pad_token_id = tokenizer.pad_token_id
     result = supervised.train(
         model,
@@ -97,7 +98,7 @@ def read_pairs(store: Store, datasets: Sequence[DatasetArtifact]) -> list[dict[s
 
 
 def encode_pairs(
-    records: Sequence[dict[str, object]], tokenizer: PreTrainedTokenizerFast, max_length: int
+    records: Sequence[dict[str, object]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[Pair], int]:
     """Pairs, and how many of them were cut to max_length."""
     pairs: list[Pair] = []

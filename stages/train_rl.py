@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infra.devices import resolve_device
 from infra.store import Store
@@ -17,7 +17,14 @@ from schemas.requests import TrainRLRequest
 from schemas.rl import OnlineConfig
 from stages import supervised
 from stages.data.records import read_records
-from stages.models import load_policy, load_tokenizer, load_with_head, num_parameters, save_model
+from stages.models import (
+    load_policy,
+    load_tokenizer,
+    load_with_head,
+    num_parameters,
+    save_model,
+    to_device,
+)
 from stages.provenance import provenance
 from stages.rewards.composition import build_rewarder
 from stages.rl import dpo, online
@@ -55,7 +62,7 @@ def run(request: TrainRLRequest, *, run_dir: Path, tracker: Tracker) -> PolicyCh
 def _online(
     request: TrainRLRequest,
     policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     run_dir: Path,
     tracker: Tracker,
 ) -> tuple[int, dict[str, float], dict[str, Any]]:
@@ -68,7 +75,7 @@ def _online(
     reference = load_policy(folder, policy.device).eval().requires_grad_(False)
     critic = None
     if algorithm.critic is not None:
-        critic = load_with_head(folder, "value", request.seed).to(policy.device)
+        critic = to_device(load_with_head(folder, "value", request.seed), policy.device)
     engine = build_engine(
         request.rollout,
         model=policy,
@@ -112,7 +119,7 @@ def _online(
 def _offline(
     request: TrainRLRequest,
     policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     run_dir: Path,
     tracker: Tracker,
 ) -> tuple[int, dict[str, float], dict[str, Any]]:
@@ -144,7 +151,7 @@ def _offline(
 
 
 def encode_prompts(
-    records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast
+    records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> list[PromptRecord]:
     """Verifiable records with their prompts as token ids."""
     return [PromptRecord(r, encode_prompt(tokenizer, r["prompt"])) for r in records]

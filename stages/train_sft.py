@@ -6,9 +6,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infra.devices import resolve_device
 from infra.store import Store
@@ -20,7 +21,7 @@ from schemas.training import LoRAConfig, SFTConfig
 from stages import supervised
 from stages.data.records import read_records
 from stages.forward import hidden_states, logprobs_at
-from stages.models import load_base, max_positions, num_parameters, save_model
+from stages.models import load_base, max_positions, num_parameters, save_model, to_device
 from stages.packing import micro_batches, pack
 from stages.provenance import provenance
 from stages.tokenization import encode_messages, encode_pair
@@ -52,7 +53,7 @@ def run(request: TrainSFTRequest, *, run_dir: Path, tracker: Tracker) -> PolicyC
         )
     records = read_records(store.path(request.demonstrations))
     examples, num_truncated = encode(records, tokenizer, config)
-    model = model.to(resolve_device(request.runtime.device))
+    to_device(model, resolve_device(request.runtime.device))
     trained = _with_adapters(model, config.lora, request.seed) if config.lora else model
     result = supervised.train(
         trained,
@@ -66,7 +67,7 @@ def run(request: TrainSFTRequest, *, run_dir: Path, tracker: Tracker) -> PolicyC
         tracker=tracker,
     )
     content = run_dir / "content"
-    plain = trained.merge_and_unload() if config.lora else trained
+    plain = _merged(trained) if config.lora else trained
     contract = save_model(plain, tokenizer, content)
     return PolicyCheckpoint(
         **provenance(request, content),
@@ -84,7 +85,7 @@ def run(request: TrainSFTRequest, *, run_dir: Path, tracker: Tracker) -> PolicyC
 
 
 def encode(
-    records: Sequence[dict[str, object]], tokenizer: PreTrainedTokenizerFast, config: SFTConfig
+    records: Sequence[dict[str, object]], tokenizer: PreTrainedTokenizerBase, config: SFTConfig
 ) -> tuple[list[Example], int]:
     """Examples, and how many were cut to max_length."""
     examples: list[Example] = []
@@ -138,7 +139,7 @@ def micro_losses(
             if example.trainable[t]
         ]
         index = torch.tensor(flat, dtype=torch.long, device=model.device)
-        causal = model.get_base_model() if config.lora else model
+        causal = _inner(model) if config.lora else model
         logprobs, entropy = logprobs_at(
             causal, hidden_states(causal, batch), index[:, 0], index[:, 1]
         )
@@ -147,7 +148,7 @@ def micro_losses(
         )
 
 
-def _example(record: dict[str, object], tokenizer: PreTrainedTokenizerFast) -> Example:
+def _example(record: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> Example:
     if "messages" in record:
         return Example(*encode_messages(tokenizer, record["messages"]))  # type: ignore[arg-type]
     prompt_ids, completion_ids = encode_pair(
@@ -165,7 +166,7 @@ def _with_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> Pre
 
     torch.manual_seed(seed)
     modules = config.target_modules
-    return get_peft_model(
+    adapted: PreTrainedModel = get_peft_model(
         model,
         LoraConfig(
             task_type="CAUSAL_LM",
@@ -175,3 +176,16 @@ def _with_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> Pre
             target_modules=modules if isinstance(modules, str) else list(modules),
         ),
     )
+    return adapted
+
+
+def _inner(adapted: Any) -> PreTrainedModel:
+    """The causal model inside a peft model, its adapters in place."""
+    model: PreTrainedModel = adapted.get_base_model()
+    return model
+
+
+def _merged(adapted: Any) -> PreTrainedModel:
+    """A plain model, the adapters added to its weights."""
+    model: PreTrainedModel = adapted.merge_and_unload()
+    return model

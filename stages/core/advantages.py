@@ -35,9 +35,9 @@ def group_normalized(
     match scale:
         case "group":
             variance = _group_sum(deviations.square(), index, counts) / (counts - 1)
-            return deviations / (variance.sqrt()[index] + eps), zero_variance
+            return _divided(deviations, variance.sqrt()[index] + eps), zero_variance
         case "batch":
-            return deviations / (upcast(rewards).std(correction=1) + eps), zero_variance
+            return _divided(deviations, upcast(rewards).std(correction=1) + eps), zero_variance
         case "none":
             return deviations, zero_variance
         case _:
@@ -101,7 +101,7 @@ def process_supervised(
     step_counts = counts.new_zeros(counts.shape).index_add_(0, index, num_steps)
     deviations, _ = _deviations(flat, step_index, step_counts)
     variance = _group_sum(deviations.square(), step_index, counts) / (step_counts - 1).clamp(min=1)
-    normalized = deviations / (variance.sqrt()[step_index] + eps)
+    normalized = _divided(deviations, variance.sqrt()[step_index] + eps)
     placed = place_step_rewards(torch.split(normalized, num_steps.tolist()), step_ends, width)
     return _sum_from_here_on(placed)
 
@@ -213,6 +213,11 @@ def _deviations(values: Tensor, index: Tensor, counts: Tensor) -> tuple[Tensor, 
     )
     zero_variance = low == high
     return torch.where(zero_variance[index], 0.0, values - mean[index]), zero_variance
+
+
+def _divided(deviations: Tensor, scale: Tensor) -> Tensor:
+    """Deviations over their scale; without variance they are 0, and stay 0 where eps is 0 too."""
+    return torch.where(deviations == 0, 0.0, deviations / scale)
 
 
 def _sum_from_here_on(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infra.store import Store
 from schemas.artifacts import ModelContract, RewardModelCheckpoint
@@ -46,7 +46,7 @@ class Rewarder:
     def __init__(
         self,
         config: RewardConfig,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         verifier: Verifier | None,
         outcome: PreTrainedModel | None,
@@ -120,7 +120,7 @@ class Rewarder:
 
 def build_rewarder(
     config: RewardConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     contract: ModelContract,
     *,
     store: Store,

@@ -10,13 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.forward import Sequences, scores_at
-from stages.models import load_with_head
+from stages.models import load_with_head, to_device
 from stages.packing import micro_batches
 
 
 def load_scorer(folder: Path, kind: str, device: torch.device) -> PreTrainedModel:
     """A frozen reward model; kind is `outcome` or `process`."""
-    return load_with_head(folder, kind).to(device).eval().requires_grad_(False)
+    model = to_device(load_with_head(folder, kind), device)
+    model.eval()
+    model.requires_grad_(False)
+    return model
 
 
 @torch.inference_mode()

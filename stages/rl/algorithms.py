@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from schemas.rl import LossAggregation, RLConfig
+from schemas.rl import GRPOConfig, LossAggregation, PPOConfig, RLConfig, RLOOConfig
 from schemas.training import OptimizerConfig
 from stages.rl import grpo, ppo, rloo
 from stages.rl.experience import Credit, Experience, TokenLoss, TrainBatch
@@ -63,7 +63,7 @@ def online_algorithm(config: RLConfig) -> OnlineAlgorithm:
             raise AssertionError("DPO learns from fixed pairs; see stages/rl/dpo.py")
 
 
-def _grpo(config: grpo.GRPOConfig) -> OnlineAlgorithm:
+def _grpo(config: GRPOConfig) -> OnlineAlgorithm:
     return OnlineAlgorithm(
         credit=lambda experience, _step: grpo.credit(experience, config),
         loss=partial(grpo.loss, config=config),
@@ -74,7 +74,7 @@ def _grpo(config: grpo.GRPOConfig) -> OnlineAlgorithm:
     )
 
 
-def _rloo(config: rloo.RLOOConfig) -> OnlineAlgorithm:
+def _rloo(config: RLOOConfig) -> OnlineAlgorithm:
     return OnlineAlgorithm(
         credit=lambda experience, _step: rloo.credit(experience, config),
         loss=partial(rloo.loss, config=config),
@@ -84,7 +84,7 @@ def _rloo(config: rloo.RLOOConfig) -> OnlineAlgorithm:
     )
 
 
-def _ppo(config: ppo.PPOConfig) -> OnlineAlgorithm:
+def _ppo(config: PPOConfig) -> OnlineAlgorithm:
     state = ppo.PPOState.create(config)
     return OnlineAlgorithm(
         credit=lambda experience, step: ppo.credit(experience, config, state, step),

@@ -105,7 +105,7 @@ def _policy_step(
                 "token",
             )
         loss = aggregate(per_token, micro.completion_mask, algorithm.aggregation, total)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         sums["policy/loss"] += loss.item()
         share = float(micro.completion_mask.sum()) / num_tokens
         sums["mismatch_kl"] += share * mismatch_kl(
@@ -137,7 +137,7 @@ def _critic_step(
         )
         token_loss = algorithm.critic.loss(values, micro)
         loss = aggregate(token_loss.per_token, micro.completion_mask, "token_mean", total)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         sums["critic/loss"] += loss.item()
         clipped = masked_sum(token_loss.clipped.float(), micro.completion_mask).item()
         sums["critic/clip_fraction"] += clipped / total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -219,9 +220,26 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without a run: making the tables takes seconds, copying them none."""
+    from infra.mlflow_tracking import Tracking
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    Tracking(f"sqlite:///{path}").client.search_experiments()
+    return path
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     return Home.resolve(str(tmp_path / "home"))
+
+
+@pytest.fixture
+def tracked_home(home: Home, empty_database: Path) -> Home:
+    """A home whose tracking database is there already."""
+    shutil.copy(empty_database, home.mlflow_folder / "mlflow.db")
+    return home
 
 
 @pytest.fixture

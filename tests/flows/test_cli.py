@@ -104,7 +104,7 @@ def test_nothing_has_run_yet(home: Home) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.usefixtures("prefect_server", "tracked_home")
 class TestRun:
     def test_the_document_and_the_second_call(
         self, home: Home, stages: Any, files_recipe: Path, monkeypatch: pytest.MonkeyPatch

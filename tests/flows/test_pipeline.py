@@ -18,8 +18,6 @@ from schemas.base import UserError
 from schemas.pipeline import PipelineConfig
 from schemas.requests import EvaluateRequest
 
-NO_RETRY_DELAY = "compute.retries=2"
-
 
 @pytest.mark.parametrize(
     ("error", "retried"),
@@ -49,7 +47,7 @@ def with_seed(config: PipelineConfig, seed: int) -> PipelineConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.usefixtures("prefect_server", "tracked_home")
 class TestFlow:
     def test_infrastructure_is_retried_and_users_errors_are_not(
         self, home: Home, stages: Any, config: PipelineConfig

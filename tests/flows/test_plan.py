@@ -68,8 +68,7 @@ def test_a_checkpoint_is_resumed_from(home: Home, files_recipe: Path, stages: An
     config = load_recipe(str(files_recipe))
     made = do(config, home, stages, "prepare_data:prompts")
     nodes = {
-        n.name: n
-        for n in build_graph(config, store=home.store.root, find_incumbent=lambda _: None)
+        n.name: n for n in build_graph(config, store=home.store.root, find_incumbent=lambda _: None)
     }
     request = nodes["train_sft"].build(made)
     checkpoints = home.store.work_dir(request.fingerprint) / "checkpoints"

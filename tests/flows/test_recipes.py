@@ -131,8 +131,9 @@ def test_a_problem_in_a_file_names_its_line(files_recipe: Path) -> None:
     number = text[: text.index("max_lenght")].count("\n") + 1
     with pytest.raises(UserError) as caught:
         load_recipe(str(files_recipe))
-    assert f"{files_recipe}:{number}: unknown field sft.max_lenght; did you mean max_length?" in str(
-        caught.value
+    assert (
+        f"{files_recipe}:{number}: unknown field sft.max_lenght; did you mean max_length?"
+        in str(caught.value)
     )
     assert "sft.max_length is missing; add it" in str(caught.value)
 

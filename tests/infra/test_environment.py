@@ -26,7 +26,9 @@ def test_flag_then_variable_then_the_current_folder(
     monkeypatch.setenv("POSTTRAIN_HOME", str(tmp_path / "variable"))
     assert Home.resolve(None).root == tmp_path / "variable"
     assert Home.resolve("flag").root == tmp_path / "flag"
-    assert Home.resolve("flag").store.root == tmp_path / "flag" / "store"
+    home = Home.resolve("flag")
+    assert home.store is home.store
+    assert home.store.root == tmp_path / "flag" / "store"
 
 
 def test_a_home_below_a_file_is_the_users_error(tmp_path: Path) -> None:

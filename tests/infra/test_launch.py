@@ -170,6 +170,25 @@ def test_terminate_all_stops_stages_of_other_threads(run: Run, store: Store) -> 
     assert not launch._live
 
 
+def test_terminate_all_kills_what_does_not_leave(run: Run, store: Store) -> None:
+    lines: list[str] = []
+    caught: list[StageFailed] = []
+
+    def work() -> None:
+        try:
+            run("ignores_sigterm", lines.append)
+        except StageFailed as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    await_line(lines, "ready")
+    terminate_all(grace=0.3)
+    thread.join(10)
+    assert [error.retryable for error in caught] == [False]
+    assert gone(int((store.work_dir(FINGERPRINT) / "pid").read_text()))
+
+
 def test_sigterm_from_elsewhere_is_retried(run: Run, store: Store) -> None:
     lines: list[str] = []
     caught: list[StageFailed] = []

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from infra import files
 from infra.manifest import CorruptArtifact
 from infra.store import Store
 from schemas.artifacts import DatasetArtifact
@@ -237,7 +236,7 @@ def test_a_full_disk_names_the_path_and_leaves_nothing_half(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="the disk is full") as caught:
         store.publish(FINGERPRINT, artifact)
     assert caught.value.errno == errno.ENOSPC

@@ -53,7 +53,9 @@ def test_rewind_forgets_later_steps_and_keeps_the_rest(tmp_path: Path) -> None:
     for step in range(1, 6):
         tracker.log_metrics({"loss": math.nan if step == 2 else float(step)}, step)
     before = tracker.path.read_bytes().splitlines()
+    assert tracker.resumed_from_step is None
     tracker.rewind(3)
+    assert tracker.resumed_from_step == 3
     assert tracker.path.read_bytes().splitlines() == before[:3]
     tracker.rewind(3)
     tracker.log_metrics({"loss": 4.0}, 4)

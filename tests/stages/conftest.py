@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.model import BuiltModel, ModelConfig
 from stages.models import load_base, save_model
@@ -38,7 +38,7 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = load_base(tiny_config(), seed=0)
     with torch.no_grad():
         # Larger weights than at initialisation, so that tokens really differ in probability.
@@ -50,7 +50,7 @@ def tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 @pytest.fixture(scope="session")
 def tiny_folder(
-    tiny: tuple[PreTrainedModel, PreTrainedTokenizerFast], tmp_path_factory: pytest.TempPathFactory
+    tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     save_model(*tiny, folder)

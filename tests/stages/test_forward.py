@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages import forward
 from stages.forward import Sequences, completion_logprobs, scores_at
 from stages.models import load_with_head
 from stages.packing import micro_batches, pack
 
-Tiny = tuple[PreTrainedModel, PreTrainedTokenizerFast]
+Tiny = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-def sequences(tokenizer: PreTrainedTokenizerFast, pad: int | None = None) -> Sequences:
+def sequences(tokenizer: PreTrainedTokenizerBase, pad: int | None = None) -> Sequences:
     prompts = ["4-1+7=", "12+3=", "1=", "9-9+1-1="]
     completions = ["4-1=3\n3+7=10\n#10", "12+3=15\n#15", "#1", ""]
     return Sequences(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from schemas.base import UserError
 from stages.character_tokenizer import build_character_tokenizer
@@ -17,37 +17,37 @@ from tests.stages.conftest import CHAT_TEMPLATE, tiny_config
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerBase:
     built = tiny_config().built
     assert built is not None
     return build_character_tokenizer(built)
 
 
 @pytest.fixture(scope="module")
-def chat() -> PreTrainedTokenizerFast:
+def chat() -> PreTrainedTokenizerBase:
     built = tiny_config(chat_template=CHAT_TEMPLATE).built
     assert built is not None
     return build_character_tokenizer(built)
 
 
-def text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+def text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids).replace("<end>", "$")
 
 
-def test_plain_pair(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_plain_pair(tokenizer: PreTrainedTokenizerBase) -> None:
     prompt, completion = encode_pair(tokenizer, "1+2=", "#3")
     assert (text(tokenizer, prompt), text(tokenizer, completion)) == ("1+2=", "#3$")
     assert completion_text(tokenizer, completion) == "#3"
 
 
-def test_conversation_goes_through_the_template(chat: PreTrainedTokenizerFast) -> None:
+def test_conversation_goes_through_the_template(chat: PreTrainedTokenizerBase) -> None:
     user = [{"role": "user", "content": "1+2="}]
     assert text(chat, encode_prompt(chat, user)) == "+1+2=-"
     prompt, completion = encode_pair(chat, user, [{"role": "assistant", "content": "#3"}])
     assert (text(chat, prompt), text(chat, completion)) == ("+1+2=-", "#3$")
 
 
-def test_only_assistant_turns_are_trained_on(chat: PreTrainedTokenizerFast) -> None:
+def test_only_assistant_turns_are_trained_on(chat: PreTrainedTokenizerBase) -> None:
     ids, trainable = encode_messages(
         chat,
         [
@@ -61,7 +61,7 @@ def test_only_assistant_turns_are_trained_on(chat: PreTrainedTokenizerFast) -> N
     assert "".join("x" if t else "." for t in trainable) == "...xx...xxx"
 
 
-def test_conversation_without_template_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_conversation_without_template_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match="no chat template"):
         encode_prompt(tokenizer, [{"role": "user", "content": "1"}])
 
@@ -79,7 +79,7 @@ def test_conversation_without_template_is_refused(tokenizer: PreTrainedTokenizer
         ("1\n$", [1]),  # separator at the very end
     ],
 )
-def test_step_ends(tokenizer: PreTrainedTokenizerFast, completion: str, ends: list[int]) -> None:
+def test_step_ends(tokenizer: PreTrainedTokenizerBase, completion: str, ends: list[int]) -> None:
     ids = [
         tokenizer.eos_token_id if character == "$" else tokenizer(character).input_ids[0]
         for character in completion
@@ -87,13 +87,13 @@ def test_step_ends(tokenizer: PreTrainedTokenizerFast, completion: str, ends: li
     assert StepFinder(tokenizer, "\n")(ids) == ends
 
 
-def test_labelled_steps_end_where_sampled_ones_do(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_labelled_steps_end_where_sampled_ones_do(tokenizer: PreTrainedTokenizerBase) -> None:
     steps = ["4-1=3", "3+7=10", "#10"]
     prompt, completion, ends = labelled_step_ends(tokenizer, "4-1+7=", steps, "\n")
     assert text(tokenizer, prompt + completion) == "4-1+7=4-1=3\n3+7=10\n#10$"
     assert ends == StepFinder(tokenizer, "\n")(completion) == [5, 12, 15]
 
 
-def test_a_separator_inside_a_step_does_not_split_it(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_separator_inside_a_step_does_not_split_it(tokenizer: PreTrainedTokenizerBase) -> None:
     _, _, ends = labelled_step_ends(tokenizer, "1=", ["1\n2", "3"], "\n")
     assert ends == [3, 4]

@@ -1,6 +1,7 @@
 import math
 import random
 import statistics
+from typing import Literal
 
 import pytest
 import torch
@@ -349,3 +350,12 @@ def test_explained_variance_with_nothing_to_explain(mask: list[int]) -> None:
 def test_unknown_scale_is_a_mistake_of_ours() -> None:
     with pytest.raises(AssertionError):
         group_normalized(torch.ones(2), torch.zeros(2), "prompt")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_no_variance_and_no_eps_is_still_zero(scale: Literal["group", "batch"]) -> None:
+    rewards, groups = torch.tensor([1.0, 1.0]), torch.tensor([0, 0])
+    assert group_normalized(rewards, groups, scale, eps=0.0)[0].tolist() == [0.0, 0.0]
+    steps = [torch.tensor([0.5]), torch.tensor([0.5])]
+    ends = [torch.tensor([0]), torch.tensor([1])]
+    assert process_supervised(steps, ends, groups, 2, eps=0.0).tolist() == [[0.0, 0.0]] * 2

@@ -1,0 +1,301 @@
+"""The online loop, with the real engine on a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from schemas.base import UserError
+from schemas.rewards import RewardConfig
+from schemas.rl import RLConfig, RolloutConfig
+from stages import termination
+from stages.models import load_policy, load_with_head
+from stages.rewards.composition import Rewarder
+from stages.rewards.verifiers import build_verifier
+from stages.rl import online
+from stages.rl.algorithms import online_algorithm
+from stages.rl.rollouts import PromptRecord, PromptStream, Sampler
+from stages.rollout.engine import build_engine
+from stages.rollout.types import Rollout
+from tests.stages.fakes import Killed, MemoryTracker
+
+OPTIMIZER = {"learning_rate": 1e-3, "schedule": "constant"}
+ONLINE: dict[str, Any] = {
+    "num_steps": 4,
+    "prompts_per_step": 3,
+    "group_size": 4,
+    "micro_batch_tokens": 128,
+    "sampling": {"temperature": 1.0, "max_completion_tokens": 12},
+    "checkpoint_every": 2,
+    "max_truncated_fraction": 1.0,
+}
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "grpo": {"algorithm": "grpo", "grpo": {"optimizer": OPTIMIZER, "kl_coef": 0.1}},
+    "rloo": {"algorithm": "rloo", "rloo": {"optimizer": OPTIMIZER}},
+    "ppo": {
+        "algorithm": "ppo",
+        "ppo": {
+            "optimizer": OPTIMIZER,
+            "critic_optimizer": OPTIMIZER,
+            "critic_warmup_steps": 1,
+            "kl_target": 1.0,
+            "kl_horizon": 100,
+        },
+    },
+}
+
+
+def count_fours(completion: str, answer: str) -> float:
+    """A reward with variance even for a model that knows nothing."""
+    return completion.count("4") / 12
+
+
+REWARD = RewardConfig.model_validate(
+    {
+        "verifier": {"function": "tests.stages.test_online:count_fours"},
+        "process": {"weight": 0.5, "credit": "steps"},
+    }
+)
+
+
+def prompts(tokenizer: PreTrainedTokenizerBase) -> list[PromptRecord]:
+    texts = ["1+2=", "4-1+7=", "9-9=", "5+5+5=", "8-2="]
+    return [
+        PromptRecord({"id": t, "prompt": t, "answer": "0"}, tokenizer(t).input_ids) for t in texts
+    ]
+
+
+def rewarder(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Rewarder:
+    assert REWARD.verifier is not None
+    return Rewarder(
+        REWARD,
+        tokenizer,
+        verifier=build_verifier(REWARD.verifier),
+        outcome=None,
+        process=load_with_head(folder, "process", seed=1).eval(),
+        step_separator="\n",
+        max_tokens=256,
+    )
+
+
+class DyingTracker(MemoryTracker):
+    """Kills the stage when it reports a step, before the checkpoint of that step."""
+
+    def __init__(self, die_at: int | None = None) -> None:
+        super().__init__()
+        self.die_at = die_at
+
+    def log_metrics(self, metrics: Any, step: int) -> None:
+        super().log_metrics(metrics, step)
+        if step == self.die_at:
+            raise Killed
+
+
+def train(
+    tiny: tuple[Any, PreTrainedTokenizerBase],
+    folder: Path,
+    run_dir: Path,
+    tracker: MemoryTracker,
+    algorithm: str,
+    **changes: Any,
+) -> tuple[dict[str, torch.Tensor], online.OnlineResult | None]:
+    _, tokenizer = tiny
+    config = RLConfig.model_validate({**ALGORITHMS[algorithm], "online": {**ONLINE, **changes}})
+    assert config.online is not None
+    device = torch.device("cpu")
+    functions = online_algorithm(config)
+    policy = load_policy(folder, device)
+    models = online.Models(
+        policy,
+        load_policy(folder, device).eval(),
+        load_with_head(folder, "value", seed=0) if functions.critic is not None else None,
+    )
+    engine = build_engine(
+        RolloutConfig(max_batch_size=5),
+        model=policy,
+        model_folder=folder,
+        eos_token_ids=[tokenizer.eos_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    try:
+        result = online.train(
+            models,
+            functions,
+            engine,
+            rewarder(tokenizer, folder),
+            prompts(tokenizer),
+            config.online,
+            pad_token_id=tokenizer.pad_token_id,
+            engine_is_exact=True,
+            seed=3,
+            run_dir=run_dir,
+            tracker=tracker,
+        )
+    except Killed:
+        return dict(policy.state_dict()), None
+    return dict(policy.state_dict()), result
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "ppo"])
+def test_killed_and_resumed_equals_uninterrupted_to_the_bit(
+    tiny: Any, tiny_folder: Path, tmp_path: Path, algorithm: str
+) -> None:
+    whole = MemoryTracker()
+    expected, _ = train(tiny, tiny_folder, tmp_path / "whole", whole, algorithm)
+    for die_at in (3, 4):
+        run_dir = tmp_path / f"cut-{die_at}"
+        cut = DyingTracker(die_at)
+        _, nothing = train(tiny, tiny_folder, run_dir, cut, algorithm)
+        assert nothing is None
+        cut.die_at = None
+        weights, result = train(tiny, tiny_folder, run_dir, cut, algorithm)
+        assert result is not None
+        assert result.resumed_from_step == 2
+        assert cut.lines == whole.lines
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "ppo"])
+def test_micro_batches_do_not_change_the_first_update(
+    tiny: Any, tiny_folder: Path, tmp_path: Path, algorithm: str
+) -> None:
+    logged = []
+    for tokens in (32, 4096):
+        tracker = MemoryTracker()
+        train(
+            tiny,
+            tiny_folder,
+            tmp_path / str(tokens),
+            tracker,
+            algorithm,
+            num_steps=2,
+            micro_batch_tokens=tokens,
+        )
+        logged.append(dict(tracker.lines)[2])
+    for name in ("policy/loss", "grad_norm", "entropy", "reward/mean"):
+        assert logged[0][name] == pytest.approx(logged[1][name], rel=1e-3, abs=1e-6), name
+
+
+def test_the_critic_warms_up_before_the_policy_moves(
+    tiny: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    tracker = MemoryTracker()
+    train(tiny, tiny_folder, tmp_path, tracker, "ppo")
+    first, second, third = (dict(tracker.lines)[step] for step in (1, 2, 3))
+    assert "policy/loss" not in first
+    assert "critic/loss" in first
+    assert "policy/loss" in second
+    assert first["kl/mean"] == pytest.approx(0.0, abs=1e-4)
+    assert second["kl/mean"] == pytest.approx(0.0, abs=1e-4)
+    assert third["kl/mean"] != pytest.approx(0.0, abs=1e-4)
+
+
+def test_several_epochs_and_mini_batches_move_the_ratio(
+    tiny: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    tracker = MemoryTracker()
+    train(
+        tiny, tiny_folder, tmp_path, tracker, "grpo", num_epochs=3, num_mini_batches=3, num_steps=2
+    )
+    line = dict(tracker.lines)[2]
+    # The first mini-batch is on policy; later ones are not, and some are clipped.
+    assert line["mismatch_kl"] < 1e-6
+    assert 0 < line["ratio/clip_fraction"] < 1
+
+
+def test_too_many_cut_completions_stop_the_stage(
+    tiny: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"reached the limit of 1 tokens.*raise max_completion"):
+        train(
+            tiny,
+            tiny_folder,
+            tmp_path,
+            MemoryTracker(),
+            "grpo",
+            sampling={"max_completion_tokens": 1},
+            max_truncated_fraction=0.5,
+        )
+
+
+def test_sigterm_leaves_a_checkpoint(
+    tiny: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = train(tiny, tiny_folder, tmp_path / "whole", MemoryTracker(), "rloo")
+    monkeypatch.setattr(termination, "requested", lambda: True)
+    with pytest.raises(termination.Terminated, match="after step 1 of 4"):
+        train(tiny, tiny_folder, tmp_path / "cut", MemoryTracker(), "rloo")
+    monkeypatch.setattr(termination, "requested", lambda: False)
+    weights, result = train(tiny, tiny_folder, tmp_path / "cut", MemoryTracker(), "rloo")
+    assert result is not None
+    assert result.resumed_from_step == 1
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+class ScriptedEngine:
+    """Answers with one token, the same for each completion of a prompt unless told otherwise."""
+
+    def __init__(self, varied: set[int]) -> None:
+        self.varied = varied
+        self.calls: list[int] = []
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: Any, *, num_samples: int, seed: int
+    ) -> list[Rollout]:
+        self.calls.append(len(prompt_ids))
+        four, five = 7, 8
+        return [
+            Rollout(
+                list(ids),
+                [four if sample == 0 and next(iter(ids)) in self.varied else five],
+                [-1.0],
+                "stop",
+                0,
+                index,
+            )
+            for index, ids in enumerate(prompt_ids)
+            for sample in range(num_samples)
+        ]
+
+    def update_weights(self, policy: Any, version: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_dynamic_sampling_replaces_flat_groups(tiny: Any, tiny_folder: Path) -> None:
+    _, tokenizer = tiny
+    config = RLConfig.model_validate({**ALGORITHMS["grpo"], "online": ONLINE}).online
+    assert config is not None
+    own = [PromptRecord({"answer": "0"}, [n]) for n in range(20)]
+    reward = RewardConfig.model_validate({"verifier": REWARD.verifier})
+    assert reward.verifier is not None
+    scorer = Rewarder(
+        reward,
+        tokenizer,
+        verifier=build_verifier(reward.verifier),
+        outcome=None,
+        process=None,
+        step_separator="\n",
+        max_tokens=256,
+    )
+    order = PromptStream(own, seed=0).take(20)
+    varied = {order[1].prompt_ids[0], order[4].prompt_ids[0]}
+    engine = ScriptedEngine(varied)
+    stream = PromptStream(own, seed=0)
+    found = Sampler(engine, scorer, stream, config, 2).sample(seed=0)
+    # Of prompts 0, 1, 2 only 1 varies; 3 and 4 replace 0 and 2, and 4 varies; 5 replaces 3 in vain.
+    assert engine.calls == [3, 2, 1]
+    assert found.num_zero_variance_groups == 2
+    assert found.num_replaced_groups == 3
+    assert stream.position == 6
+    drawn = [rollout.prompt_ids[0] for rollout in found.rollouts[::4]]
+    assert drawn == [order[5].prompt_ids[0], order[1].prompt_ids[0], order[4].prompt_ids[0]]
+    assert [rollout.prompt_index for rollout in found.rollouts] == [0] * 4 + [1] * 4 + [2] * 4
+    assert found.rewards.total.tolist() == pytest.approx(
+        [0] * 4 + [1 / 12, 0, 0, 0] + [1 / 12, 0, 0, 0]
+    )
