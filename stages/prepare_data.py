@@ -24,6 +24,8 @@ from stages.provenance import provenance
 
 REPORT_FILE = "report.json"
 
+_HELD_OUT = ("evaluation", "preferences_held_out", "step_labels_held_out")
+
 
 def run(request: PrepareDataRequest, *, run_dir: Path, tracker: Tracker) -> DatasetArtifact:
     """Write the validated records of a split, or raise `UserError`."""
@@ -135,7 +137,10 @@ def _kept(
         identity = digest({name: value for name, value in record.items() if name != "metadata"})
         if identity in seen:
             counts.duplicates += 1
-            continue
+            # Training data keep theirs: how often a record stands there is part of the data. A
+            # held-out record must not be counted twice.
+            if request.split in _HELD_OUT:
+                continue
         seen.add(identity)
         for other in forbidden:
             other.meet(raw, prompt, prompt_sha256)

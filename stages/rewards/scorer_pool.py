@@ -22,6 +22,7 @@ _START_SECONDS = 300.0
 # Processor time is limited by the kernel; this is how much more the clock may show before an item
 # that does not even compute counts as stuck.
 _CLOCK_FACTOR = 8.0
+_MAX_FAILED_STARTS = 3
 
 
 class ScorerPool:
@@ -64,6 +65,7 @@ class ScorerPool:
         scores = [0.0] * len(items)
         queue = deque(range(len(items)))
         tried_twice: set[int] = set()
+        failed_starts = 0
         while queue or any(worker.item is not None for worker in self._workers):
             self._assign(items, queue)
             for worker in self._ready_workers():
@@ -72,7 +74,10 @@ class ScorerPool:
                 if worker.dead:
                     self._workers.remove(worker)
                     if item is None:
-                        raise RuntimeError(f"a process of {self._command[0]} died as it started")
+                        failed_starts += 1
+                        if failed_starts == _MAX_FAILED_STARTS:
+                            raise RuntimeError(f"processes of {self._command[0]} do not start")
+                        continue
                     # Another process may have taken the memory: once more, but not for ever.
                     if not worker.out_of_time and item not in tried_twice:
                         tried_twice.add(item)

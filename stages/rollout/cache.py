@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 _SPARE = 16
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class RoomyLayer(DynamicLayer):
     """A `DynamicLayer` that appends into spare room, where its parent copies all it holds.
 
     `keys` and `values` are views [rows, heads, filled, head_dim] of rooms with more columns.

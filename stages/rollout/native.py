@@ -37,6 +37,8 @@ class NativeEngine:
         self._eos_token_ids = torch.tensor(sorted(eos_token_ids), device=model.device)
         self._pad_token_id = pad_token_id
         self._max_batch_size = max_batch_size
+        text = model.config.get_text_config(decoder=True)
+        self._context: int | None = getattr(text, "max_position_embeddings", None)
         self._version = 0
 
     def generate(
@@ -48,7 +50,7 @@ class NativeEngine:
         seed: int,
     ) -> list[Rollout]:
         """Draw `num_samples` completions of every prompt, those of the first prompt first."""
-        check_lengths(prompt_ids, sampling, self._model.config)
+        check_lengths(prompt_ids, sampling, self._context)
         # Prompts of like length share a batch, and padding stays small.
         order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
         rows = [(prompt, number) for prompt in order for number in range(num_samples)]

@@ -32,3 +32,11 @@ def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: NDArray[np.uint64] = bits ^ (bits >> np.uint64(31))
     return mixed
+
+
+def request_seed(seed: int, prompt_index: int) -> int:
+    """A seed for an engine that seeds by prompt; far from that of any other prompt."""
+    key = _mix(np.array([seed & 0xFFFF_FFFF_FFFF_FFFF], dtype=np.uint64) + _WEYL)
+    key = _mix((key ^ np.uint64(prompt_index)) + _WEYL)
+    # Room below 2**63 for the numbers of the samples, which are added.
+    return int(key[0] >> np.uint64(2))

@@ -203,8 +203,9 @@ def check_steps(prompt: str, completion: str) -> list[bool]:
     for index, line in enumerate(completion.split(STEP_SEPARATOR)):
         if index < len(operations):
             operator, operand = operations[index]
-            step = _step_line(value, operator, operand, value := _apply(value, operator, operand))
-            right = right and line == step
+            result = _apply(value, operator, operand)
+            right = right and line == _step_line(value, operator, operand, result)
+            value = result
         else:
             right = right and index == len(operations) and line == f"#{value}"
         labels.append(right)

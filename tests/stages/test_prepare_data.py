@@ -135,9 +135,17 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     assert shas[0] == shas[1]
 
 
-def test_exact_duplicates_are_dropped_and_counted(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.jsonl", *[{**problem(i % 2), "source": i} for i in range(5)])
+def test_training_data_keep_their_duplicates_and_count_them(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", *[problem(i % 2) for i in range(5)])
     artifact = prepare(tmp_path, "prompts", {"path": "a.jsonl"})
+    ids = [record["id"] for record in records_of(tmp_path, artifact)]
+    assert len(set(ids)) == 5
+    assert artifact.metrics == {"num_read": 5.0, "num_kept": 5.0, "num_duplicates": 3.0}
+
+
+def test_held_out_duplicates_are_dropped_and_counted(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", *[{**problem(i % 2), "source": i} for i in range(5)])
+    artifact = prepare(tmp_path, "evaluation", {"path": "a.jsonl"})
     assert [r["metadata"] for r in records_of(tmp_path, artifact)] == [{"source": 0}, {"source": 1}]
     report = report_of(tmp_path, artifact)
     assert (report["read"], report["kept"], report["duplicates"]) == (5, 2, 3)
@@ -261,7 +269,7 @@ def test_the_limit_counts_kept_records_and_stops_reading(
         "    return ({'prompt': f'{i // 2}', 'answer': 'x'} for i in itertools.count())\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    artifact = prepare(tmp_path, "prompts", {"generator": "endless:rows", "limit": 3})
+    artifact = prepare(tmp_path, "evaluation", {"generator": "endless:rows", "limit": 3})
     assert [r["prompt"] for r in records_of(tmp_path, artifact)] == ["0", "1", "2"]
     report = report_of(tmp_path, artifact)
     assert report["limit_reached"] is True
@@ -708,7 +716,7 @@ def test_gsm8k_pairs_are_of_test_questions(tmp_path: Path) -> None:
         "transform": "stages.data.gsm8k:to_preferences",
     }
     pairs = prepare(tmp_path, "preferences", source, root=REAL)
-    assert (pairs.num_records, pairs.num_prompts) == (2426, 731)
+    assert (pairs.num_records, pairs.num_prompts) == (2429, 731)
     for record in records_of(tmp_path, pairs):
         assert "\n#### " in record["chosen"][0]["content"]
         assert "<<" not in record["rejected"][0]["content"]
