@@ -106,6 +106,25 @@ def show(
 
 
 @app.command()
+def credit(
+    run_name: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or `latest`.")],
+    rollout: Annotated[
+        int | None,
+        typer.Option("--rollout", metavar="N", help="Which of the kept ones; else a newest one."),
+    ] = None,
+    home: HomeOption = None,
+) -> None:
+    """Show a rollout of a run token by token, as every estimator would have credited it."""
+    with _exit_codes():
+        from flows.credit import load, newest, render
+        from flows.runs import Runs
+
+        place = _home(home)
+        table = load(Runs(place.store.root).read(run_name), place.store.root)
+        sys.stdout.write(render(table, newest(table) if rollout is None else rollout))
+
+
+@app.command()
 def runs(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """List the runs, the newest first."""
     with _exit_codes():
@@ -205,21 +224,30 @@ def main() -> None:
 
 
 def _run(config: PipelineConfig, place: Home, console: Console) -> RunRecord:
-    """Run the flow in this process, on Prefect's ephemeral server unless there is another."""
+    """Run the flow in this process, on a Prefect server of its own unless there is another."""
     from flows.display import make_progress
     from flows.listener import watched_by
     from flows.runs import Runs
 
-    with console.status("starting Prefect"):
-        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    with contextlib.ExitStack() as stack:
+        with console.status("starting Prefect"):
+            from prefect.settings import (
+                PREFECT_API_URL,
+                PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+                temporary_settings,
+            )
 
-        from flows.pipeline import post_train
-    # The heartbeat is for flows that nobody watches; joining it would cost a second.
-    with (
-        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
-        make_progress(console) as progress,
-        watched_by(progress),
-    ):
+            from flows.local_server import start_local_server
+            from flows.pipeline import post_train
+
+            # The heartbeat is for flows that nobody watches; joining it would cost a second.
+            settings: dict[Any, Any] = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+            if not PREFECT_API_URL.value():
+                settings[PREFECT_API_URL] = start_local_server(place)
+            stack.enter_context(temporary_settings(settings))
+        progress = make_progress(console)
+        stack.enter_context(progress)
+        stack.enter_context(watched_by(progress))
         document = post_train(config, home=str(place.root))
     return Runs(place.store.root).read(document["run"])
 

@@ -23,6 +23,7 @@ from schemas.fingerprint import fingerprint
 from schemas.model import ModelConfig
 from schemas.pipeline import PipelineConfig
 from schemas.requests import (
+    CreditRequest,
     EvaluateRequest,
     LabelStepsRequest,
     PrepareDataRequest,
@@ -137,6 +138,8 @@ class _Graph:
             num_threads=config.compute.num_threads,
         )
         self.online = config.rl.algorithm != "dpo"
+        online = config.rl.online if self.online else None
+        self.traces_credit = online is not None and online.trace.num_groups > 0
         dpo = config.rl.dpo if not self.online else None
         self.dpo_pairs = dpo.pairs if dpo is not None else None
         sampling = config.sample_preferences
@@ -158,6 +161,7 @@ class _Graph:
             self.train_sft,
             *self._before_rl(),
             self.train_rl,
+            *([self.credit] if self.traces_credit else []),
             self.evaluate,
             self.promote,
         ):
@@ -386,6 +390,16 @@ class _Graph:
             )
 
         return Node("train_rl", ("train_sft", pairs), make)
+
+    def credit(self) -> Node:
+        def make(artifacts: Artifacts) -> StageRequest:
+            return CreditRequest(
+                runtime=self.runtime,
+                config=self.config.rl.chosen(),
+                policy=_take(artifacts, "train_rl", PolicyCheckpoint),
+            )
+
+        return Node("credit", ("train_rl",), make)
 
     def evaluate(self) -> Node:
         sources = _verifier_digests(self.config.reward.verifier)

@@ -78,8 +78,8 @@ class Store:
     def publish(self, fingerprint: str, artifact: Artifact) -> None:
         """Turn `work/<fingerprint>/content` into a finished artifact, by one rename.
 
-        The work folder's checkpoints are removed afterwards. Publishing the same content again
-        changes nothing.
+        The work folder's checkpoints and traces are removed afterwards. Publishing the same
+        content again changes nothing.
         """
         work = self.work_dir(fingerprint)
         target = self.artifacts_folder / fingerprint
@@ -91,8 +91,8 @@ class Store:
                 self.artifacts_folder.mkdir(parents=True, exist_ok=True)
                 (work / "publish").rename(target)
                 sync(self.artifacts_folder)
-        shutil.rmtree(work / "checkpoints", ignore_errors=True)
-        shutil.rmtree(work / "content", ignore_errors=True)
+        for name in ("checkpoints", "traces", "content"):
+            shutil.rmtree(work / name, ignore_errors=True)
 
     def find(self, fingerprint: str) -> AnyArtifact | None:
         """The finished artifact of a fingerprint, or None.

@@ -14,6 +14,19 @@ EVALUATION_RECORDS_FILE = "records.parquet"
 """One row for each model, record and sample of an evaluation."""
 
 
+TRACES_FILE = "credit/traces.parquet"
+"""In a policy of online RL: traced rollouts, one row a token, all that credit saw."""
+TRACE_METRICS_KEY = "posttrain.metrics"
+"""Key of the traces' schema metadata: the metrics of every traced step, as JSON."""
+
+CREDIT_TABLE_FILE = "credit.parquet"
+"""The traces with a column for each estimator."""
+CREDIT_SUMMARY_FILE = "credit.json"
+"""What the estimators have in common, and how many steps responses had over training."""
+CREDIT_PREFIX = "credit/"
+"""Before the name of an estimator, its column in the table."""
+
+
 class CreatedBy(Frozen):
     """The code and packages that made an artifact."""
 
@@ -103,6 +116,17 @@ class RewardModelCheckpoint(Artifact):
     num_steps: int
 
 
+class CreditReport(Artifact):
+    """The traced rollouts of a run under every estimator: `credit.parquet`, `credit.json`."""
+
+    type: Literal["credit"] = "credit"
+    num_rollouts: int
+    steps: tuple[int, ...]
+    """Steps of the run that were traced."""
+    estimators: tuple[str, ...]
+    """Those that this run's traces suffice for."""
+
+
 class ModelScores(Frozen):
     """One model on the held-out records."""
 
@@ -164,6 +188,7 @@ AnyArtifact = Annotated[
     DatasetArtifact
     | PolicyCheckpoint
     | RewardModelCheckpoint
+    | CreditReport
     | EvaluationReport
     | PromotionDecision,
     Field(discriminator="type"),

@@ -26,6 +26,8 @@ class BuiltModel(Frozen):
     """Context length in tokens."""
     rope_theta: float = Field(default=10000.0, gt=0)
     """Base of the rotary position embedding."""
+    initializer_range: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights."""
     chat_template: str | None = None
     """Jinja template for `messages`, or None."""
 

@@ -131,6 +131,14 @@ class TrainRLRequest(StageRequest):
     process_reward_model: RewardModelCheckpoint | None = None
 
 
+class CreditRequest(StageRequest):
+    stage: Literal["credit"] = "credit"
+    config: RLConfig
+    """How the policy was trained: the estimators take their settings from it."""
+    policy: PolicyCheckpoint
+    """Trained online; its traces are read."""
+
+
 class EvaluateRequest(StageRequest):
     stage: Literal["evaluate"] = "evaluate"
     seed: int
@@ -165,6 +173,7 @@ AnyRequest = Annotated[
     | TrainRewardModelRequest
     | TrainProcessRewardModelRequest
     | TrainRLRequest
+    | CreditRequest
     | EvaluateRequest,
     Field(discriminator="stage"),
 ]

@@ -35,6 +35,15 @@ class RolloutConfig(Frozen):
     """Most completions that are decoded at once."""
 
 
+class TraceConfig(Frozen):
+    """Rollouts that are kept, token by token, with everything credit saw."""
+
+    num_groups: int = Field(default=2, ge=0)
+    """Whole groups that are kept: the first ones of the rollout batch. 0 turns it off."""
+    every: int = Field(default=10, ge=1)
+    """Rollout batches from one kept to the next; the first and the last are always kept."""
+
+
 class OnlineConfig(Frozen):
     """What PPO, GRPO and RLOO share."""
 
@@ -64,6 +73,17 @@ class OnlineConfig(Frozen):
     """The stage stops when the engine's distribution is further than this from the trainer's."""
     max_truncated_fraction: float = Field(default=0.9, gt=0, le=1)
     """The stage stops when a larger share of a rollout batch was cut."""
+    max_zero_variance_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Without a critic, the stage stops when this share of the groups of the last `patience` steps
+    had no variance: they teach nothing."""
+    patience: int = Field(default=20, ge=1)
+    """Steps over which `max_zero_variance_fraction` is measured."""
+    max_kl: float | None = Field(default=None, gt=0)
+    """The stage stops when the mean sequence KL to the SFT policy, in nats, is above; or None."""
+    min_entropy: float | None = Field(default=None, gt=0)
+    """The stage stops when the mean entropy of a token, in nats, is below; or None."""
+    trace: TraceConfig = TraceConfig()
+    """Rollouts that are kept to look at credit."""
     checkpoint_every: int = Field(default=10, ge=1)
     """Rollout batches between checkpoints."""
 
@@ -73,10 +93,17 @@ class PPOConfig(Frozen):
 
     optimizer: OptimizerConfig
     """The policy's optimiser."""
+    critic: Literal["separate", "shared"] = "separate"
+    """`separate`: a model of its own, from the SFT policy. `shared`: a value head on the policy's
+    backbone, which then also learns from the value loss; no second model in memory."""
     critic_optimizer: OptimizerConfig
-    """The critic's optimiser."""
+    """The critic's optimiser; with `critic: shared` it moves the value head, and the policy's
+    moves the backbone."""
+    value_coef: float = Field(default=0.1, gt=0)
+    """Weight of the value loss beside the policy's, where both train one backbone
+    (`critic: shared`)."""
     critic_warmup_steps: int = Field(default=0, ge=0)
-    """Rollout batches on which only the critic is trained."""
+    """Rollout batches on which only the critic is trained; of a shared one, only its head."""
     critic_min_explained_variance: float = Field(default=0.2, le=1)
     """With `credit: auto`, token-level credit is used above this explained variance."""
     credit: Literal["token", "response", "auto"] = "auto"

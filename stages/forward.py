@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from stages.core.logprobs import chunked_token_logprobs
 from stages.models import head_of
 from stages.packing import PackedBatch, micro_batches, pack
+from stages.shared_critic import Critic
 
 # Logits held at once, as elements of [chunk, vocabulary]: 16 MiB in fp32.
 _LOGIT_ELEMENTS = 2**22
@@ -49,7 +50,7 @@ class Sequences:
         return pack(joined, pad_token_id=self.pad_token_id, device=device, row_length=row_length)
 
 
-def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+def hidden_states(model: Critic, batch: PackedBatch) -> Tensor:
     """Last hidden states of every slot, [_R * _L, _H]."""
     output = model.base_model(
         input_ids=batch.input_ids,
@@ -97,23 +98,27 @@ def completion_logprobs(
     )
 
 
-def completion_values(model: PreTrainedModel, sequences: Sequences, width: int) -> Tensor:
-    """A critic's value of the state before each completion token, [_B, width], 0 as filling."""
+def completion_values(
+    model: Critic, sequences: Sequences, width: int, *, head_only: bool = False
+) -> Tensor:
+    """A critic's value of the state before each completion token, [_B, width], 0 as filling.
+
+    head_only: no gradient reaches the backbone.
+    """
     batch = sequences.pack(model.device)
     rows, columns, positions, _ = _completion_index(sequences, batch)
-    hidden = hidden_states(model, batch).index_select(0, positions)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not head_only):
+        hidden = hidden_states(model, batch).index_select(0, positions)
     values: Tensor = head_of(model)(hidden)[:, 0].float()
     return values.new_zeros(len(sequences), width).index_put((rows, columns), values)
 
 
-def final_values(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+def final_values(model: Critic, sequences: Sequences) -> Tensor:
     """A critic's value of the state after the last token, [_B]."""
     return scores_at(model, sequences, [[n - 1] for n in sequences.lengths()])[:, 0]
 
 
-def scores_at(
-    model: PreTrainedModel, sequences: Sequences, positions: Sequence[Sequence[int]]
-) -> Tensor:
+def scores_at(model: Critic, sequences: Sequences, positions: Sequence[Sequence[int]]) -> Tensor:
     """The head's output at given positions of each sequence, [sum of positions, num_labels].
 
     Positions count from the first prompt token.
@@ -139,7 +144,7 @@ def all_completion_logprobs(
 
 @torch.inference_mode()
 def all_completion_values(
-    model: PreTrainedModel, sequences: Sequences, width: int, max_tokens: int
+    model: Critic, sequences: Sequences, width: int, max_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Values before each token [_B, width], and after the last one [_B], without gradient."""
     values = torch.zeros(len(sequences), width, device=model.device)

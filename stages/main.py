@@ -58,6 +58,10 @@ def run_stage(request: AnyRequest, *, run_dir: Path, tracker: Tracker) -> AnyArt
         from stages import prepare_data
 
         return prepare_data.run(request, run_dir=run_dir, tracker=tracker)
+    if request.stage == "credit":
+        from stages import credit
+
+        return credit.run(request, run_dir=run_dir, tracker=tracker)
     _prepare_torch(request)
     match request.stage:
         case "train_sft":

@@ -103,8 +103,8 @@ def load_with_head(folder: Path, kind: str, seed: int | None = None) -> PreTrain
     return model
 
 
-def head_of(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer on top of the backbone of a model from `load_with_head`."""
+def head_of(model: nn.Module) -> nn.Linear:
+    """The linear layer on the backbone of a model from `load_with_head`, or of a critic."""
     for name in ("score", "classifier"):
         head = getattr(model, name, None)
         if isinstance(head, nn.Linear):
@@ -211,6 +211,7 @@ def _build(config: BuiltModel, seed: int) -> tuple[PreTrainedModel, PreTrainedTo
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             tie_word_embeddings=True,
+            initializer_range=config.initializer_range,
         )
     )
     return model, tokenizer

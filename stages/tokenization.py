@@ -63,7 +63,7 @@ def encode_messages(
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, completion_ids: Sequence[int]) -> str:
     """What a completion says, special tokens left out."""
-    return _decode(tokenizer, list(completion_ids), skip_special_tokens=True)
+    return decode(tokenizer, completion_ids, skip_special_tokens=True)
 
 
 def steps_completion(prompt: Prompt, steps: Sequence[str], separator: str) -> Prompt:
@@ -111,7 +111,7 @@ class StepFinder:
     def _piece(self, token: int) -> str:
         piece = self._pieces.get(token)
         if piece is None:
-            piece = self._pieces[token] = _decode(self._tokenizer, [token])
+            piece = self._pieces[token] = decode(self._tokenizer, [token])
         return piece
 
 
@@ -166,8 +166,9 @@ def _apply_template(
     return ids
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], **options: bool) -> str:
-    text = tokenizer.decode(ids, **options)
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], **options: bool) -> str:
+    """What token ids say, special tokens included unless `skip_special_tokens` is set."""
+    text = tokenizer.decode(list(ids), **options)
     assert isinstance(text, str)
     return text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from infra.devices import resolve_device
 from infra.store import Store
 from infra.tracking import Tracker
-from schemas.artifacts import PolicyCheckpoint
+from schemas.artifacts import TRACES_FILE, PolicyCheckpoint
 from schemas.base import UserError
 from schemas.requests import TrainRLRequest
 from schemas.rl import OnlineConfig
@@ -30,8 +31,10 @@ from stages.rewards.composition import build_rewarder
 from stages.rl import dpo, online
 from stages.rl.algorithms import online_algorithm
 from stages.rl.rollouts import PromptRecord
+from stages.rl.traces import join_traces
 from stages.rollout.engine import build_engine
-from stages.tokenization import encode_prompt
+from stages.shared_critic import Critic, SharedCritic
+from stages.tokenization import decode, encode_prompt
 from stages.train_reward_model import encode_pairs, read_pairs
 
 
@@ -48,6 +51,7 @@ def run(request: TrainRLRequest, *, run_dir: Path, tracker: Tracker) -> PolicyCh
         num_steps, metrics, audit = _online(request, policy, tokenizer, run_dir, tracker)
     content = run_dir / "content"
     contract = save_model(policy, tokenizer, content)
+    join_traces(run_dir / "traces", content / TRACES_FILE)
     (content / "posttrain.json").write_text(json.dumps(audit, indent=2, sort_keys=True) + "\n")
     return PolicyCheckpoint(
         **provenance(request, content),
@@ -73,8 +77,10 @@ def _online(
     folder = store.path(request.policy)
     algorithm = online_algorithm(request.config)
     reference = load_policy(folder, policy.device).eval().requires_grad_(False)
-    critic = None
-    if algorithm.critic is not None:
+    critic: Critic | None = None
+    if algorithm.critic is not None and algorithm.critic.shared_weight is not None:
+        critic = SharedCritic(policy)
+    elif algorithm.critic is not None:
         critic = to_device(load_with_head(folder, "value", request.seed), policy.device)
     engine = build_engine(
         request.rollout,
@@ -105,6 +111,7 @@ def _online(
             prompts,
             config,
             pad_token_id=tokenizer.pad_token_id,
+            decode=partial(decode, tokenizer),
             engine_is_exact=request.rollout.engine == "native",
             seed=request.seed,
             run_dir=run_dir,

@@ -22,6 +22,8 @@ class CriticSettings:
     loss: Callable[[Tensor, TrainBatch], TokenLoss]
     optimizer: OptimizerConfig
     warmup_steps: int
+    shared_weight: float | None = None
+    """Weight of the value loss on the policy's backbone; None for a critic with its own."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def _ppo(config: PPOConfig) -> OnlineAlgorithm:
             loss=partial(ppo.critic_loss, config=config),
             optimizer=config.critic_optimizer,
             warmup_steps=config.critic_warmup_steps,
+            shared_weight=config.value_coef if config.critic == "shared" else None,
         ),
         state=state,
     )

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from stages.core.advantages import token_rewards
+from stages.core.kl import kl_k1
+from stages.core.shaping import place_step_rewards
 from stages.forward import Sequences
 from stages.rewards.composition import RewardBreakdown
 from stages.rollout.types import Rollout
+
+CreditMode = Literal["response", "step", "token"]
+"""How finely credit tells the tokens of one response apart."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,32 @@ class Experience:
         """A value for each rollout [_N], repeated for each of its tokens [_N, _T]."""
         return values.to(self.completion_mask.device)[:, None] * self.completion_mask
 
+    def kl(self) -> Tensor | None:
+        """k1 of the policy against the SFT policy, nats [_N, _T]; None without its logprobs."""
+        if self.ref_logprobs is None:
+            return None
+        return kl_k1(self.old_logprobs, self.ref_logprobs)
+
+    def token_rewards(self, kl_coef: float) -> Tensor:
+        """The reward of a response spread over its tokens [_N, _T].
+
+        -kl_coef * k1 on every token, the score on the last one, step rewards at their step's end.
+        """
+        rewards, mask, kl = self.rewards, self.completion_mask, self.kl()
+        assert kl is not None or kl_coef == 0, "a KL penalty needs the reference"
+        steps = None
+        if rewards.step_rewards is not None and rewards.step_ends is not None:
+            steps = place_step_rewards(rewards.step_rewards, rewards.step_ends, self.width).to(
+                mask.device
+            )
+        return token_rewards(
+            rewards.scores.to(mask.device),
+            torch.zeros_like(self.old_logprobs) if kl is None else kl,
+            mask,
+            kl_coef,
+            steps,
+        )
+
 
 @dataclass(frozen=True)
 class Credit:
@@ -60,6 +93,13 @@ class Credit:
     returns: Tensor | None = None
     """[_N, _T], what the critic learns; None without a critic."""
     metrics: dict[str, float] = field(default_factory=dict)
+    mode: CreditMode = "response"
+    kl_coef: float = 0.0
+    """Weight of the KL in the reward that credit was computed from."""
+    td_errors: Tensor | None = None
+    """[_N, _T], what each token surprised the critic by; None without a critic."""
+    unwhitened: Tensor | None = None
+    """[_N, _T], the advantages before they were whitened; None where they are not."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +131,5 @@ class TokenLoss:
     """[_B, _T]."""
     clipped: Tensor
     """bool [_B, _T]: tokens whose ratio was clipped."""
+    ratio: Tensor | None = None
+    """[_B, _T], the ratio that the clip looked at; None for a critic's loss."""

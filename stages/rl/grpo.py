@@ -11,7 +11,7 @@ from torch import Tensor
 
 from schemas.rl import GRPOConfig
 from stages.core.advantages import group_normalized, process_supervised
-from stages.core.kl import kl_k1, kl_k3
+from stages.core.kl import kl_k3
 from stages.core.losses import cispo_loss, clipped_policy_loss, policy_ratio
 from stages.core.masks import masked_sum
 from stages.rl.experience import Credit, Experience, TokenLoss, TrainBatch
@@ -25,21 +25,24 @@ def credit(experience: Experience, config: GRPOConfig) -> Credit:
     """
     rewards, group_ids = experience.rewards, experience.group_ids
     scores = rewards.scores.to(group_ids.device)
-    if config.kl_coef and config.kl_in == "reward":
-        assert experience.ref_logprobs is not None
-        kl = kl_k1(experience.old_logprobs, experience.ref_logprobs)
-        scores = scores - config.kl_coef * masked_sum(kl, experience.completion_mask, dim=1)
+    kl_coef = config.kl_coef if config.kl_in == "reward" else 0.0
+    if kl_coef:
+        kl = experience.kl()
+        assert kl is not None
+        scores = scores - kl_coef * masked_sum(kl, experience.completion_mask, dim=1)
     advantages, _ = group_normalized(scores, group_ids, config.scale, config.eps)
     per_token = experience.per_token(advantages)
-    if rewards.step_rewards is not None and rewards.step_ends is not None:
-        per_token = per_token + experience.completion_mask * process_supervised(
-            [own.to(group_ids.device) for own in rewards.step_rewards],
-            [own.to(group_ids.device) for own in rewards.step_ends],
-            group_ids,
-            experience.width,
-            config.eps,
-        )
-    return Credit(per_token)
+    if rewards.step_rewards is None or rewards.step_ends is None:
+        return Credit(per_token, kl_coef=kl_coef)
+    steps = process_supervised(
+        [own.to(group_ids.device) for own in rewards.step_rewards],
+        [own.to(group_ids.device) for own in rewards.step_ends],
+        group_ids,
+        experience.width,
+        config.eps,
+    )
+    per_token = per_token + experience.completion_mask * steps
+    return Credit(per_token, mode="step", kl_coef=kl_coef)
 
 
 def loss(logprobs: Tensor, batch: TrainBatch, config: GRPOConfig) -> TokenLoss:
@@ -55,4 +58,4 @@ def loss(logprobs: Tensor, batch: TrainBatch, config: GRPOConfig) -> TokenLoss:
     if config.kl_coef and config.kl_in == "loss":
         assert batch.ref_logprobs is not None
         per_token = per_token + config.kl_coef * kl_k3(logprobs, batch.ref_logprobs)
-    return TokenLoss(per_token, clipped)
+    return TokenLoss(per_token, clipped, ratio)

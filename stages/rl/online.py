@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from infra.tracking import Tracker
-from schemas.base import UserError
 from schemas.rl import OnlineConfig
 from stages import termination
 from stages.checkpoint import Checkpoints
@@ -22,7 +22,8 @@ from stages.forward import all_completion_logprobs
 from stages.optimization import Optimizer
 from stages.rewards.composition import Rewarder
 from stages.rl.algorithms import OnlineAlgorithm
-from stages.rl.experience import Experience
+from stages.rl.experience import CreditMode, Experience
+from stages.rl.guards import Guards, refuse_truncation
 from stages.rl.rollouts import (
     PromptRecord,
     PromptStream,
@@ -30,13 +31,18 @@ from stages.rl.rollouts import (
     ScoredRollouts,
     make_experience,
 )
+from stages.rl.traces import Traces, after_update
 from stages.rl.update import Learner, update
 from stages.rollout.types import RolloutEngine
+from stages.shared_critic import Critic
 
 logger = logging.getLogger(__name__)
 
 # Where no loss needs the reference, its KL is still reported, from this many rollouts a step.
 _KL_SAMPLE = 32
+
+# A curve is made of numbers.
+_MODES: dict[CreditMode, float] = {"response": 0.0, "step": 0.5, "token": 1.0}
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Models:
 
     policy: PreTrainedModel
     reference: PreTrainedModel
-    critic: PreTrainedModel | None
+    critic: Critic | None
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ def train(
     config: OnlineConfig,
     *,
     pad_token_id: int,
+    decode: Callable[[Sequence[int]], str],
     engine_is_exact: bool,
     seed: int,
     run_dir: Path,
@@ -77,14 +84,17 @@ def train(
     stream = PromptStream(prompts, seed)
     sampler = Sampler(engine, rewarder, stream, config, algorithm.dynamic_sampling_rounds)
     checkpoints = _checkpoints(run_dir, learner)
+    guards = Guards(config, compares_groups=algorithm.critic is None)
+    traces = Traces(run_dir / "traces", config, decode)
     torch.manual_seed(seed)
-    start, metrics = _resume(checkpoints, algorithm, stream, tracker, config)
+    start, metrics = _resume(checkpoints, algorithm, stream, guards, tracker, config)
+    traces.rewind(start or 0)
     for step in range(start or 0, config.num_steps):
         engine.update_weights(models.policy, step)
         # Seeds of different steps must not meet, whatever rounds and epochs add to them.
         step_seed = (seed * 1_000_003 + step) * 1_009
         found = sampler.sample(step_seed)
-        _refuse_truncation(found, config)
+        refuse_truncation(found, config)
         experience = make_experience(
             found,
             models.policy,
@@ -100,6 +110,7 @@ def train(
             _batch_metrics(found, experience, config)
             | {"kl/mean": _kl_to_reference(experience, models.reference, config)}
             | credit.metrics
+            | {"credit/mode": _MODES[credit.mode]}
             | update(
                 learner,
                 experience,
@@ -112,8 +123,13 @@ def train(
             )
         )
         done = step + 1
+        if traces.due(step):
+            rows = traces.traced_rows(experience)
+            after = after_update(models.policy, experience, credit, algorithm, config, rows)
+            traces.write(done, experience, credit, after, metrics)
         tracker.log_metrics(metrics, done)
         logger.info("step %d/%d  %s", done, config.num_steps, _summary(metrics))
+        guards.check(metrics)
         stopping = termination.requested()
         if done % config.checkpoint_every == 0 or done == config.num_steps or stopping:
             checkpoints.save(
@@ -122,6 +138,7 @@ def train(
                     "metrics": metrics,
                     "position": stream.position,
                     "algorithm": algorithm.state_dict(),
+                    "flat_fractions": guards.flat_fractions,
                 },
             )
         if stopping and done < config.num_steps:
@@ -150,7 +167,7 @@ def _learner(models: Models, algorithm: OnlineAlgorithm, config: OnlineConfig) -
 
 
 def _checkpoints(run_dir: Path, learner: Learner) -> Checkpoints:
-    models = {"policy": learner.policy}
+    models: dict[str, nn.Module] = {"policy": learner.policy}
     optimizers = {"policy": learner.policy_optimizer}
     if learner.critic is not None and learner.critic_optimizer is not None:
         models["critic"] = learner.critic
@@ -162,6 +179,7 @@ def _resume(
     checkpoints: Checkpoints,
     algorithm: OnlineAlgorithm,
     stream: PromptStream,
+    guards: Guards,
     tracker: Tracker,
     config: OnlineConfig,
 ) -> tuple[int | None, dict[str, float]]:
@@ -170,6 +188,7 @@ def _resume(
         return None, {}
     algorithm.load_state_dict(checkpoint.extra["algorithm"])
     stream.position = checkpoint.extra["position"]
+    guards.flat_fractions = checkpoint.extra["flat_fractions"]
     tracker.rewind(checkpoint.step)
     logger.info(
         "resuming at step %d of %d (prompt %d of the data order)",
@@ -221,19 +240,6 @@ def _kl_to_reference(
         )
     kl = kl_k1(experience.old_logprobs[rows], ref_logprobs)
     return masked_sum(kl, experience.completion_mask[rows], dim=1).mean().item()
-
-
-def _refuse_truncation(found: ScoredRollouts, config: OnlineConfig) -> None:
-    cut = sum(rollout.truncated for rollout in found.rollouts)
-    share = cut / len(found.rollouts)
-    if share > config.max_truncated_fraction:
-        limit = config.sampling.max_completion_tokens
-        raise UserError(
-            f"{cut} of {len(found.rollouts)} completions ({share:.0%}) reached the limit of "
-            f"{limit} tokens; rl.online.max_truncated_fraction allows "
-            f"{config.max_truncated_fraction:.0%}: raise max_completion_tokens, set "
-            "overlong_buffer, or teach the end token in SFT"
-        )
 
 
 def _summary(metrics: dict[str, Any]) -> str:

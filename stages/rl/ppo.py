@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from schemas.rl import PPOConfig
-from stages.core.advantages import explained_variance, gae, response_level, token_rewards
-from stages.core.kl import AdaptiveKLController, FixedKLController, kl_k1
+from stages.core.advantages import explained_variance, gae, response_level
+from stages.core.kl import AdaptiveKLController, FixedKLController
 from stages.core.losses import clipped_policy_loss, policy_ratio, value_loss
 from stages.core.masks import masked_sum, masked_whiten
-from stages.core.shaping import place_step_rewards
-from stages.rl.experience import Credit, Experience, TokenLoss, TrainBatch
+from stages.rl.experience import Credit, CreditMode, Experience, TokenLoss, TrainBatch
 
 
 @dataclass
@@ -58,18 +57,20 @@ def credit(experience: Experience, config: PPOConfig, state: PPOState, step: int
 
     The critic learns the GAE returns in either mode, so that it can win back its say.
     """
-    assert experience.values is not None and experience.ref_logprobs is not None
-    mask, values = experience.completion_mask, experience.values
-    kl = kl_k1(experience.old_logprobs, experience.ref_logprobs)
-    rewards = _token_rewards(experience, kl, state.kl_controller.value)
+    mask, values, kl = experience.completion_mask, experience.values, experience.kl()
+    assert values is not None and kl is not None
+    kl_coef = state.kl_controller.value
+    rewards = experience.token_rewards(kl_coef)
     bootstrap = _bootstrap(experience, config)
     advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda, bootstrap)
     # Against what was really earned (lambda 1), not against targets that contain the values.
     _, earned = gae(rewards, values, mask, config.gamma, 1.0, bootstrap)
+    td_errors, _ = gae(rewards, values, mask, config.gamma, 0.0, bootstrap)
     explained = explained_variance(values, earned, mask)
     mode = _mode(config, explained, state, step)
     if mode == "response":
         advantages = experience.per_token(response_level(rewards.sum(1), experience.group_ids))
+    unwhitened = advantages
     if config.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
     sequence_kl = masked_sum(kl, mask, dim=1).mean().item()
@@ -77,38 +78,27 @@ def credit(experience: Experience, config: PPOConfig, state: PPOState, step: int
     return Credit(
         advantages,
         returns,
-        {
-            "critic/explained_variance": explained,
-            "credit/mode": float(mode == "token"),
-            "kl/coef": state.kl_controller.value,
-        },
+        {"critic/explained_variance": explained, "kl/coef": state.kl_controller.value},
+        mode=mode,
+        kl_coef=kl_coef,
+        td_errors=td_errors,
+        unwhitened=unwhitened,
     )
 
 
 def loss(logprobs: Tensor, batch: TrainBatch, config: PPOConfig) -> TokenLoss:
     """Clipped surrogate (PPO, eq. 7), optionally dual-clipped."""
     ratio = policy_ratio(logprobs, batch.old_logprobs, batch.completion_mask, "token")
-    return TokenLoss(
-        *clipped_policy_loss(
-            ratio, batch.advantages, config.clip_low, config.clip_high, config.dual_clip
-        )
+    found = clipped_policy_loss(
+        ratio, batch.advantages, config.clip_low, config.clip_high, config.dual_clip
     )
+    return TokenLoss(*found, ratio)
 
 
 def critic_loss(values: Tensor, batch: TrainBatch, config: PPOConfig) -> TokenLoss:
     """Half squared error to the returns, clipped around the old values."""
     assert batch.old_values is not None and batch.returns is not None
     return TokenLoss(*value_loss(values, batch.old_values, batch.returns, config.value_clip))
-
-
-def _token_rewards(experience: Experience, kl: Tensor, kl_coef: float) -> Tensor:
-    rewards, mask = experience.rewards, experience.completion_mask
-    steps = None
-    if rewards.step_rewards is not None and rewards.step_ends is not None:
-        steps = place_step_rewards(rewards.step_rewards, rewards.step_ends, experience.width).to(
-            mask.device
-        )
-    return token_rewards(rewards.scores.to(mask.device), kl, mask, kl_coef, steps)
 
 
 def _bootstrap(experience: Experience, config: PPOConfig) -> Tensor | None:
@@ -118,8 +108,9 @@ def _bootstrap(experience: Experience, config: PPOConfig) -> Tensor | None:
     return torch.where(experience.truncated, experience.values_after, 0.0)
 
 
-def _mode(config: PPOConfig, explained: float, state: PPOState, step: int) -> str:
+def _mode(config: PPOConfig, explained: float, state: PPOState, step: int) -> CreditMode:
     """Token-level or response-level credit for this batch; a change is written down."""
+    mode: CreditMode
     if config.credit != "auto":
         mode, why = config.credit, f"credit is set to {config.credit}"
     else:

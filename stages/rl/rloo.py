@@ -11,7 +11,6 @@ from torch import Tensor
 
 from schemas.rl import RLOOConfig
 from stages.core.advantages import leave_one_out
-from stages.core.kl import kl_k1
 from stages.core.losses import clipped_policy_loss, policy_ratio
 from stages.core.masks import masked_sum
 from stages.rl.experience import Credit, Experience, TokenLoss, TrainBatch
@@ -21,15 +20,15 @@ def credit(experience: Experience, config: RLOOConfig) -> Credit:
     """Reward less the leave-one-out mean, the same for every token (eq. 8)."""
     rewards = experience.rewards.total.to(experience.group_ids.device)
     if config.kl_coef:
-        assert experience.ref_logprobs is not None
-        kl = kl_k1(experience.old_logprobs, experience.ref_logprobs)
+        kl = experience.kl()
+        assert kl is not None
         rewards = rewards - config.kl_coef * masked_sum(kl, experience.completion_mask, dim=1)
-    return Credit(experience.per_token(leave_one_out(rewards, experience.group_ids)))
+    advantages = experience.per_token(leave_one_out(rewards, experience.group_ids))
+    return Credit(advantages, kl_coef=config.kl_coef)
 
 
 def loss(logprobs: Tensor, batch: TrainBatch, config: RLOOConfig) -> TokenLoss:
     """Clipped surrogate; at ratio 1 its gradient is REINFORCE's."""
     ratio = policy_ratio(logprobs, batch.old_logprobs, batch.completion_mask, config.ratio)
-    return TokenLoss(
-        *clipped_policy_loss(ratio, batch.advantages, config.clip_low, config.clip_high, None)
-    )
+    found = clipped_policy_loss(ratio, batch.advantages, config.clip_low, config.clip_high, None)
+    return TokenLoss(*found, ratio)

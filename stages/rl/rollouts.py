@@ -17,6 +17,7 @@ from stages.ordering import records_at
 from stages.rewards.composition import RewardBreakdown, Rewarder
 from stages.rl.experience import Experience
 from stages.rollout.types import Rollout, RolloutEngine
+from stages.shared_critic import Critic
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def make_experience(
     found: ScoredRollouts,
     policy: PreTrainedModel,
     reference: PreTrainedModel | None,
-    critic: PreTrainedModel | None,
+    critic: Critic | None,
     *,
     config: OnlineConfig,
     pad_token_id: int,

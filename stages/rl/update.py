@@ -19,15 +19,20 @@ from stages.optimization import Optimizer
 from stages.packing import micro_batches
 from stages.rl.algorithms import OnlineAlgorithm
 from stages.rl.experience import Credit, Experience, TrainBatch
+from stages.shared_critic import Critic
 
 
 @dataclass(frozen=True)
 class Learner:
-    """A policy, perhaps a critic, and their optimizers."""
+    """A policy, perhaps a critic, and their optimizers.
+
+    Each parameter belongs to one optimizer. A shared critic owns its head only, and the gradient
+    of its loss reaches the policy's backbone, which the policy's optimizer moves.
+    """
 
     policy: PreTrainedModel
     policy_optimizer: Optimizer
-    critic: PreTrainedModel | None = None
+    critic: Critic | None = None
     critic_optimizer: Optimizer | None = None
 
 
@@ -43,7 +48,33 @@ def update(
     engine_is_exact: bool,
 ) -> dict[str, float]:
     """Passes over a rollout batch; returns the metrics of the update, means over its steps."""
-    batch = TrainBatch(
+    batch = train_batch(experience, credit)
+    found: list[dict[str, float]] = []
+    for rows in _mini_batches(experience, config, seed):
+        metrics: dict[str, float] = {}
+        if train_policy:
+            metrics |= _policy_gradient(
+                learner, experience, batch, rows, algorithm, config, engine_is_exact
+            )
+            if not found:
+                # Before the first update of the batch, policy and engine must still be the same.
+                _check_mismatch(metrics["mismatch_kl"], config)
+        if learner.critic is not None:
+            metrics |= _critic_gradient(
+                learner, experience, batch, rows, algorithm, config, head_only=not train_policy
+            )
+        # Both gradients are complete before a weight moves: they may meet in one backbone.
+        found.append(metrics | _step(learner, train_policy))
+    names = found[0].keys()
+    means = {name: sum(metrics[name] for metrics in found) / len(found) for name in names}
+    if train_policy:
+        means["mismatch_kl"] = found[0]["mismatch_kl"]
+    return means
+
+
+def train_batch(experience: Experience, credit: Credit) -> TrainBatch:
+    """All rows of a rollout batch as the losses see them."""
+    return TrainBatch(
         advantages=credit.advantages,
         completion_mask=experience.completion_mask,
         old_logprobs=experience.old_logprobs,
@@ -52,27 +83,9 @@ def update(
         returns=credit.returns,
         old_values=experience.values,
     )
-    found: list[dict[str, float]] = []
-    for rows in _mini_batches(experience, config, seed):
-        metrics: dict[str, float] = {}
-        if train_policy:
-            metrics |= _policy_step(
-                learner, experience, batch, rows, algorithm, config, engine_is_exact
-            )
-            if not found:
-                # Before the first update of the batch, policy and engine must still be the same.
-                _check_mismatch(metrics["mismatch_kl"], config)
-        if learner.critic is not None:
-            metrics |= _critic_step(learner, experience, batch, rows, algorithm, config)
-        found.append(metrics)
-    names = found[0].keys()
-    means = {name: sum(metrics[name] for metrics in found) / len(found) for name in names}
-    if train_policy:
-        means["mismatch_kl"] = found[0]["mismatch_kl"]
-    return means
 
 
-def _policy_step(
+def _policy_gradient(
     learner: Learner,
     experience: Experience,
     batch: TrainBatch,
@@ -113,19 +126,22 @@ def _policy_step(
         )
         for name, value in (("ratio/clip_fraction", token_loss.clipped), ("entropy", entropy)):
             sums[name] += masked_sum(value.float(), micro.completion_mask).item() / num_tokens
-    return sums | learner.policy_optimizer.step()
+    return sums
 
 
-def _critic_step(
+def _critic_gradient(
     learner: Learner,
     experience: Experience,
     batch: TrainBatch,
     rows: list[int],
     algorithm: OnlineAlgorithm,
     config: OnlineConfig,
+    *,
+    head_only: bool,
 ) -> dict[str, float]:
-    assert learner.critic is not None and learner.critic_optimizer is not None
-    assert algorithm.critic is not None
+    assert learner.critic is not None and algorithm.critic is not None
+    weight = algorithm.critic.shared_weight
+    shared = weight is not None
     mask = batch.completion_mask[rows]
     total = denominator(mask, "token_mean")
     sums = {"critic/loss": 0.0, "critic/clip_fraction": 0.0}
@@ -133,16 +149,25 @@ def _critic_step(
     for chosen in _micro(experience, rows, config.micro_batch_tokens):
         micro = batch.select(chosen)
         values = completion_values(
-            learner.critic, experience.sequences.select(chosen), experience.width
+            learner.critic,
+            experience.sequences.select(chosen),
+            experience.width,
+            head_only=shared and head_only,
         )
         token_loss = algorithm.critic.loss(values, micro)
         loss = aggregate(token_loss.per_token, micro.completion_mask, "token_mean", total)
-        loss.backward()
+        (loss if weight is None else weight * loss).backward()
         sums["critic/loss"] += loss.item()
         clipped = masked_sum(token_loss.clipped.float(), micro.completion_mask).item()
         sums["critic/clip_fraction"] += clipped / total
-    step = learner.critic_optimizer.step()
-    return sums | {"critic/grad_norm": step["grad_norm"]}
+    return sums
+
+
+def _step(learner: Learner, train_policy: bool) -> dict[str, float]:
+    metrics = learner.policy_optimizer.step() if train_policy else {}
+    if learner.critic_optimizer is not None:
+        metrics["critic/grad_norm"] = learner.critic_optimizer.step()["grad_norm"]
+    return metrics
 
 
 def _denominator(mask: Tensor, algorithm: OnlineAlgorithm, config: OnlineConfig) -> float:

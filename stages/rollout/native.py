@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from schemas.rl import SamplingConfig
+from stages.rollout.attention import decode_attention
 from stages.rollout.checks import check_lengths
 from stages.rollout.decoding import Completions, Context
 from stages.rollout.types import Rollout
@@ -55,7 +56,8 @@ class NativeEngine:
         order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
         rows = [(prompt, number) for prompt in order for number in range(num_samples)]
         found: dict[Row, Rollout] = {}
-        with _evaluating(self._model), torch.inference_mode():
+        model = self._model
+        with _evaluating(model), decode_attention(model), torch.inference_mode():
             for start in range(0, len(rows), self._max_batch_size):
                 batch = rows[start : start + self._max_batch_size]
                 found.update(self._decode(prompt_ids, batch, sampling, seed))

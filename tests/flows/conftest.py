@@ -21,6 +21,7 @@ from infra.launch import StageOutcome
 from infra.store import Store
 from schemas.artifacts import (
     Artifact,
+    CreditReport,
     DatasetArtifact,
     EvaluationReport,
     GateCheck,
@@ -31,6 +32,7 @@ from schemas.artifacts import (
 )
 from schemas.fingerprint import parents
 from schemas.requests import (
+    CreditRequest,
     EvaluateRequest,
     PrepareDataRequest,
     StageRequest,
@@ -131,6 +133,8 @@ class FakeStages:
                     metrics={"step_accuracy": 0.95, "first_error_f1": 0.8},
                     **base,
                 )
+            case CreditRequest():
+                return CreditReport(num_rollouts=8, steps=(1,), estimators=("gae",), **base)
             case EvaluateRequest():
                 incumbent = request.incumbent or request.baseline
                 return EvaluationReport(

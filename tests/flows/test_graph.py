@@ -57,10 +57,14 @@ def test_only_splits_that_a_stage_reads_are_prepared(home: Home, files_recipe: P
         "prepare_data:prompts",
         "train_sft",
         "train_rl",
+        "credit",
         "evaluate",
         "promote",
     ]
+    untraced = load_recipe(str(files_recipe), ["rl.online.trace.num_groups=0"])
+    assert "credit" not in names(untraced, home)
     dpo = names(load_recipe("quickstart", ["rl.algorithm=dpo"]), home)
+    assert "credit" not in dpo
     assert "prepare_data:prompts" not in dpo
     assert "prepare_data:preferences" in dpo
     bare = ["reward_model=", "process_reward_model=", "reward.process="]
@@ -126,21 +130,21 @@ def test_the_content_of_a_file_enters_the_fingerprint(walk: Walk, files_recipe: 
     after = _fingerprints(walk, files_recipe)
     assert "prepare_data:prompts" in changed(before, after)
     assert "train_sft" not in changed(before, after)
-    assert {"train_rl", "evaluate", "promote"} <= changed(before, after)
+    assert {"train_rl", "credit", "evaluate", "promote"} <= changed(before, after)
 
 
 def test_the_algorithm_leaves_everything_before_it(walk: Walk) -> None:
     grpo = _fingerprints(walk, "quickstart")
     for algorithm in ("ppo", "rloo"):
         other = _fingerprints(walk, "quickstart", f"rl.algorithm={algorithm}")
-        assert changed(grpo, other) == {"train_rl", "evaluate", "promote"}
+        assert changed(grpo, other) == {"train_rl", "credit", "evaluate", "promote"}
 
 
 def test_sections_of_other_algorithms_do_not_matter(walk: Walk) -> None:
     grpo = _fingerprints(walk, "quickstart")
     assert changed(grpo, _fingerprints(walk, "quickstart", "rl.dpo.beta=0.5")) == set()
     touched = _fingerprints(walk, "quickstart", "rl.grpo.clip_low=0.1")
-    assert changed(grpo, touched) == {"train_rl", "evaluate", "promote"}
+    assert changed(grpo, touched) == {"train_rl", "credit", "evaluate", "promote"}
 
 
 def test_the_seed_changes_every_trained_stage_and_no_data(walk: Walk) -> None:
@@ -185,7 +189,7 @@ def test_a_users_function_enters_the_fingerprint(
     assert changed(before, _fingerprints(walk, files_recipe, *overrides)) == set()
     module.write_text("def check(completion, answer):\n    return 0.5\n")
     after = _fingerprints(walk, files_recipe, *overrides)
-    assert changed(before, after) == {"train_rl", "evaluate", "promote"}
+    assert changed(before, after) == {"train_rl", "credit", "evaluate", "promote"}
 
 
 def test_every_missing_input_is_named_before_any_work(home: Home, files_recipe: Path) -> None:

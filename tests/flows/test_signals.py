@@ -17,9 +17,10 @@ from flows.runs import Runs
 from infra.environment import Home
 
 GENERATOR = """
-import pathlib, time
+import pathlib, signal, time
 
 def records():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     while not pathlib.Path("go").exists():
         time.sleep(0.1)
     yield {"prompt": "1+1=", "answer": "2"}
@@ -59,23 +60,24 @@ def test_a_run_that_is_stopped_or_killed_goes_on(
             stderr=subprocess.PIPE,
         )
 
-    def stage() -> list[psutil.Process]:
+    def ours(module: str) -> list[psutil.Process]:
+        """Processes of a module that were started from here."""
         found = []
-        for process in psutil.process_iter(["cmdline"]):
-            arguments = process.info["cmdline"] or []
-            if "stages.main" in arguments and str(home.root) in arguments[-1]:
+        for process in psutil.process_iter(["cmdline", "cwd"]):
+            if module in (process.info["cmdline"] or []) and process.info["cwd"] == str(tmp_path):
                 found.append(process)
         return found
 
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
         process = start()
-        wait_for(lambda: bool(stage()) or process.poll() is not None)
-        assert process.poll() is None, process.communicate()
+        wait_for(lambda: len(ours("stages.main")) == 1)
+        assert ours("flows.local_server")
+        time.sleep(0.5)
         process.send_signal(number)
         output, errors = process.communicate(timeout=60)
         assert process.returncode == code, errors
         assert "Traceback" not in errors
-        wait_for(lambda: not stage(), 30)
+        wait_for(lambda: not ours("stages.main") and not ours("flows.local_server"), 30)
         (record,) = Runs(home.store.root).all()
         assert record.status == "stopped"
 

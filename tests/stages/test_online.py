@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -19,9 +21,12 @@ from stages.rewards.composition import Rewarder
 from stages.rewards.verifiers import build_verifier
 from stages.rl import online
 from stages.rl.algorithms import online_algorithm
+from stages.rl.guards import Guards
 from stages.rl.rollouts import PromptRecord, PromptStream, Sampler
 from stages.rollout.engine import build_engine
 from stages.rollout.types import Rollout
+from stages.shared_critic import Critic, SharedCritic
+from stages.tokenization import decode
 from tests.stages.fakes import Killed, MemoryTracker
 
 OPTIMIZER = {"learning_rate": 1e-3, "schedule": "constant"}
@@ -33,21 +38,22 @@ ONLINE: dict[str, Any] = {
     "sampling": {"temperature": 1.0, "max_completion_tokens": 12},
     "checkpoint_every": 2,
     "max_truncated_fraction": 1.0,
+    "trace": {"every": 2},
+}
+PPO = {
+    "optimizer": OPTIMIZER,
+    "critic_optimizer": OPTIMIZER,
+    "critic_warmup_steps": 1,
+    "kl_target": 1.0,
+    "kl_horizon": 100,
 }
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {"algorithm": "grpo", "grpo": {"optimizer": OPTIMIZER, "kl_coef": 0.1}},
     "rloo": {"algorithm": "rloo", "rloo": {"optimizer": OPTIMIZER}},
-    "ppo": {
-        "algorithm": "ppo",
-        "ppo": {
-            "optimizer": OPTIMIZER,
-            "critic_optimizer": OPTIMIZER,
-            "critic_warmup_steps": 1,
-            "kl_target": 1.0,
-            "kl_horizon": 100,
-        },
-    },
+    "ppo": {"algorithm": "ppo", "ppo": PPO},
+    "ppo_shared": {"algorithm": "ppo", "ppo": {**PPO, "critic": "shared"}},
 }
+EVERY_ALGORITHM = pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 
 
 def count_fours(completion: str, answer: str) -> float:
@@ -96,6 +102,15 @@ class DyingTracker(MemoryTracker):
             raise Killed
 
 
+def rl_config(algorithm: str, **changes: Any) -> RLConfig:
+    return RLConfig.model_validate({**ALGORITHMS[algorithm], "online": {**ONLINE, **changes}})
+
+
+def traces_of(run_dir: Path) -> dict[str, Any]:
+    folder = run_dir / "traces"
+    return {path.name: pq.read_table(path) for path in sorted(folder.glob("step-*.parquet"))}
+
+
 def train(
     tiny: tuple[Any, PreTrainedTokenizerBase],
     folder: Path,
@@ -105,16 +120,17 @@ def train(
     **changes: Any,
 ) -> tuple[dict[str, torch.Tensor], online.OnlineResult | None]:
     _, tokenizer = tiny
-    config = RLConfig.model_validate({**ALGORITHMS[algorithm], "online": {**ONLINE, **changes}})
+    config = rl_config(algorithm, **changes)
     assert config.online is not None
     device = torch.device("cpu")
     functions = online_algorithm(config)
     policy = load_policy(folder, device)
-    models = online.Models(
-        policy,
-        load_policy(folder, device).eval(),
-        load_with_head(folder, "value", seed=0) if functions.critic is not None else None,
-    )
+    critic: Critic | None = None
+    if functions.critic is not None and functions.critic.shared_weight is not None:
+        critic = SharedCritic(policy)
+    elif functions.critic is not None:
+        critic = load_with_head(folder, "value", seed=0)
+    models = online.Models(policy, load_policy(folder, device).eval(), critic)
     engine = build_engine(
         RolloutConfig(max_batch_size=5),
         model=policy,
@@ -131,6 +147,7 @@ def train(
             prompts(tokenizer),
             config.online,
             pad_token_id=tokenizer.pad_token_id,
+            decode=partial(decode, tokenizer),
             engine_is_exact=True,
             seed=3,
             run_dir=run_dir,
@@ -141,12 +158,14 @@ def train(
     return dict(policy.state_dict()), result
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "ppo"])
+@EVERY_ALGORITHM
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(
     tiny: Any, tiny_folder: Path, tmp_path: Path, algorithm: str
 ) -> None:
     whole = MemoryTracker()
     expected, _ = train(tiny, tiny_folder, tmp_path / "whole", whole, algorithm)
+    traces = traces_of(tmp_path / "whole")
+    assert list(traces) == [f"step-{step:08d}.parquet" for step in (1, 3, 4)]
     for die_at in (3, 4):
         run_dir = tmp_path / f"cut-{die_at}"
         cut = DyingTracker(die_at)
@@ -158,9 +177,27 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(
         assert result.resumed_from_step == 2
         assert cut.lines == whole.lines
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        found = traces_of(run_dir)
+        assert found.keys() == traces.keys()
+        assert all(found[name].equals(traces[name], check_metadata=True) for name in traces)
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "ppo"])
+def test_traces_do_not_change_the_weights(tiny: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    kept, _ = train(tiny, tiny_folder, tmp_path / "kept", MemoryTracker(), "ppo", num_steps=2)
+    off, _ = train(
+        tiny,
+        tiny_folder,
+        tmp_path / "off",
+        MemoryTracker(),
+        "ppo",
+        num_steps=2,
+        trace={"num_groups": 0},
+    )
+    assert traces_of(tmp_path / "off") == {}
+    assert all(torch.equal(kept[name], off[name]) for name in kept)
+
+
+@EVERY_ALGORITHM
 def test_micro_batches_do_not_change_the_first_update(
     tiny: Any, tiny_folder: Path, tmp_path: Path, algorithm: str
 ) -> None:
@@ -195,6 +232,44 @@ def test_the_critic_warms_up_before_the_policy_moves(
     assert third["kl/mean"] != pytest.approx(0.0, abs=1e-4)
 
 
+def test_a_shared_critic_warms_up_without_moving_the_backbone(
+    tiny: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    before = load_policy(tiny_folder, torch.device("cpu")).state_dict()
+    warm, _ = train(
+        tiny, tiny_folder, tmp_path / "warm", MemoryTracker(), "ppo_shared", num_steps=1
+    )
+    assert all(torch.equal(warm[name], before[name]) for name in before)
+    # The head did move: it speaks in the second step.
+    tracker = MemoryTracker()
+    train(tiny, tiny_folder, tmp_path / "on", tracker, "ppo_shared", num_steps=2)
+    trace = traces_of(tmp_path / "on")["step-00000002.parquet"]
+    assert any(trace["value"].to_pylist())
+    assert "policy/loss" in dict(tracker.lines)[2]
+    assert dict(tracker.lines)[1]["critic/grad_norm"] > 0
+
+
+def test_every_metric_has_its_name(tiny: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    tracker = MemoryTracker()
+    train(tiny, tiny_folder, tmp_path, tracker, "ppo", num_steps=2)
+    assert {
+        "reward/mean",
+        "reward/std",
+        "reward/verifier",
+        "reward/process",
+        "kl/mean",
+        "ratio/clip_fraction",
+        "entropy",
+        "critic/explained_variance",
+        "credit/mode",
+        "groups/zero_variance_fraction",
+        "completions/length",
+        "completions/truncated_fraction",
+        "completions/num_steps",
+        "mismatch_kl",
+    } <= dict(tracker.lines)[2].keys()
+
+
 def test_several_epochs_and_mini_batches_move_the_ratio(
     tiny: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -221,6 +296,38 @@ def test_too_many_cut_completions_stop_the_stage(
             sampling={"max_completion_tokens": 1},
             max_truncated_fraction=0.5,
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_kl": 1e-6}, r"nats a sequence away.*max_kl 1e-06: raise kl_coef"),
+        ({"min_entropy": 100.0}, r"entropy fell to .*min_entropy 100.0: it no longer explores"),
+    ],
+)
+def test_a_policy_that_runs_away_stops_the_stage(
+    tiny: Any, tiny_folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    tracker = MemoryTracker()
+    with pytest.raises(UserError, match=message):
+        train(tiny, tiny_folder, tmp_path, tracker, "rloo", **changes)
+    assert tracker.lines  # the number is on the curve
+
+
+def test_groups_without_variance_stop_the_stage_after_a_while() -> None:
+    config = rl_config("grpo", patience=3).online
+    assert config is not None
+    line = {"kl/mean": 0.0, "entropy": 1.0}
+    flat, varied = ({"groups/zero_variance_fraction": share} | line for share in (1.0, 0.9))
+    guards = Guards(config, compares_groups=True)
+    for metrics in (flat, flat, varied, flat, flat):
+        guards.check(metrics)
+    resumed = Guards(config, True, list(guards.flat_fractions))
+    with pytest.raises(UserError, match=r"100% of the groups of the last 3 steps had no variance"):
+        resumed.check(flat)
+    with_critic = Guards(config, compares_groups=False)
+    for _ in range(5):
+        with_critic.check(flat)
 
 
 def test_sigterm_leaves_a_checkpoint(

@@ -169,8 +169,8 @@ def test_ppo_auto_follows_the_critic_and_writes_it_down() -> None:
     seeing = experience([1.0, 0.0], [2, 2], values=torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
     modes = []
     for step, found in enumerate([blind, blind, seeing, blind]):
-        modes.append(ppo.credit(found, config, state, step).metrics["credit/mode"])
-    assert modes == [0.0, 0.0, 1.0, 0.0]
+        modes.append(ppo.credit(found, config, state, step).mode)
+    assert modes == ["response", "response", "token", "response"]
     assert [(s["step"], s["mode"]) for s in state.switches] == [
         (0, "response"),
         (2, "token"),

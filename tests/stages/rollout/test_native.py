@@ -88,7 +88,12 @@ def greedy(model: PreTrainedModel, prompt: list[int], limit: int) -> list[int]:
     return completion
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, mistral])
+def eager() -> LlamaForCausalLM:
+    """A model that does not use torch's attention keeps its own."""
+    return llama(attn_implementation="eager")
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, mistral, eager])
 def test_greedy_is_the_argmax_without_a_cache(make) -> None:
     model = make()
     sampling = SamplingConfig(temperature=0, max_completion_tokens=12)
@@ -246,6 +251,7 @@ def test_training_mode_comes_back_and_dropout_is_off() -> None:
     (rollout,) = engine(model).generate(PROMPTS[:1], sampling, num_samples=1, seed=0)
     assert rollout.completion_ids == expected
     assert model.training
+    assert model.config._attn_implementation == "sdpa"
     # The module stays usable for training after sampling from it.
     loss = model(input_ids=torch.tensor([PROMPTS[2]]), labels=torch.tensor([PROMPTS[2]])).loss
     loss.backward()
@@ -262,6 +268,16 @@ def test_training_mode_comes_back_after_an_error() -> None:
             PROMPTS, SamplingConfig(max_completion_tokens=4), num_samples=2, seed=0
         )
     assert model.training
+
+
+def test_bfloat16_logprobs_are_near_those_of_a_full_forward() -> None:
+    model = llama(initializer_range=0.1).to(torch.bfloat16)
+    sampling = SamplingConfig(max_completion_tokens=12)
+    for rollout in engine(model).generate(PROMPTS, sampling, num_samples=3, seed=1):
+        logits = logits_of(model, rollout.prompt_ids + rollout.completion_ids)
+        expected = logits[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
+        chosen = expected.gather(1, torch.tensor(rollout.completion_ids)[:, None]).squeeze(1)
+        assert rollout.rollout_logprobs == pytest.approx(chosen.tolist(), abs=0.05)
 
 
 def test_nothing_to_sample_gives_nothing(model: LlamaForCausalLM) -> None:
