@@ -231,20 +231,17 @@ def _run(config: PipelineConfig, place: Home, console: Console) -> RunRecord:
 
     with contextlib.ExitStack() as stack:
         with console.status("starting Prefect"):
-            from prefect.settings import (
-                PREFECT_API_URL,
-                PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
-                temporary_settings,
-            )
+            # Before Prefect is imported: its threads read the environment, not a context.
+            if "PREFECT_API_URL" not in os.environ and "prefect" not in sys.modules:
+                from flows.local_server import start_local_server
 
-            from flows.local_server import start_local_server
+                os.environ["PREFECT_API_URL"] = start_local_server(place)
+            from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
             from flows.pipeline import post_train
 
-            # The heartbeat is for flows that nobody watches; joining it would cost a second.
-            settings: dict[Any, Any] = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
-            if not PREFECT_API_URL.value():
-                settings[PREFECT_API_URL] = start_local_server(place)
-            stack.enter_context(temporary_settings(settings))
+        # The heartbeat is for flows that nobody watches; joining it would cost a second.
+        stack.enter_context(temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}))
         progress = make_progress(console)
         stack.enter_context(progress)
         stack.enter_context(watched_by(progress))

@@ -31,7 +31,7 @@ from stages.rl.rollouts import (
     ScoredRollouts,
     make_experience,
 )
-from stages.rl.traces import Traces, after_update
+from stages.rl.traces import Traces, after_update, reference_logprobs
 from stages.rl.update import Learner, update
 from stages.rollout.types import RolloutEngine
 from stages.shared_critic import Critic
@@ -126,7 +126,8 @@ def train(
         if traces.due(step):
             rows = traces.traced_rows(experience)
             after = after_update(models.policy, experience, credit, algorithm, config, rows)
-            traces.write(done, experience, credit, after, metrics)
+            ref_logprobs = reference_logprobs(models.reference, experience, config, rows)
+            traces.write(done, experience, credit, after, ref_logprobs, metrics)
         tracker.log_metrics(metrics, done)
         logger.info("step %d/%d  %s", done, config.num_steps, _summary(metrics))
         guards.check(metrics)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from infra.files import sync
 from schemas.artifacts import TRACE_METRICS_KEY
 from schemas.rl import OnlineConfig
+from stages.core.kl import kl_k1
 from stages.forward import all_completion_logprobs
 from stages.rl.algorithms import OnlineAlgorithm
 from stages.rl.experience import Credit, Experience, TokenLoss
@@ -52,11 +53,15 @@ class Traces:
         experience: Experience,
         credit: Credit,
         after: TokenLoss,
+        ref_logprobs: Tensor,
         metrics: Mapping[str, float],
     ) -> None:
-        """Keep the rollouts of `traced_rows`; `after` is their loss after the update."""
+        """Keep the rollouts of `traced_rows`.
+
+        Of them alone: `after`, their loss after the update, and `ref_logprobs` [_R, _T].
+        """
         rows = self.traced_rows(experience)
-        columns = _columns(step, experience, credit, after, rows, self._decode)
+        columns = _columns(step, experience, credit, after, ref_logprobs, rows, self._decode)
         table = pa.table(columns).replace_schema_metadata(
             {TRACE_METRICS_KEY: json.dumps({str(step): dict(metrics)}, sort_keys=True)}
         )
@@ -118,11 +123,27 @@ def after_update(
     return algorithm.loss(logprobs, train_batch(experience, credit).select(rows))
 
 
+def reference_logprobs(
+    reference: PreTrainedModel, experience: Experience, config: OnlineConfig, rows: Sequence[int]
+) -> Tensor:
+    """Of some rollouts [_R, _T]; looked up here where the algorithm has no use for them."""
+    if experience.ref_logprobs is not None:
+        return experience.ref_logprobs[list(rows)]
+    return all_completion_logprobs(
+        reference,
+        experience.sequences.select(rows),
+        experience.width,
+        config.micro_batch_tokens,
+        config.sampling.temperature,
+    )
+
+
 def _columns(
     step: int,
     experience: Experience,
     credit: Credit,
     after: TokenLoss,
+    ref_logprobs: Tensor,
     rows: Sequence[int],
     decode: Callable[[Sequence[int]], str],
 ) -> dict[str, pa.Array]:
@@ -179,8 +200,8 @@ def _columns(
         "step_reward": _flat([own[3] for own in steps], _FLOAT),
         "rollout_logprob": token(experience.rollout_logprobs),
         "old_logprob": token(experience.old_logprobs),
-        "ref_logprob": token(experience.ref_logprobs),
-        "kl": token(experience.kl()),
+        "ref_logprob": traced(ref_logprobs),
+        "kl": traced(kl_k1(experience.old_logprobs[list(rows)], ref_logprobs)),
         "kl_coef": response([credit.kl_coef] * len(rows), pa.float64()),
         "token_reward": token(experience.token_rewards(credit.kl_coef)),
         "value": token(experience.values),

@@ -63,7 +63,8 @@ def test_only_splits_that_a_stage_reads_are_prepared(home: Home, files_recipe: P
     ]
     untraced = load_recipe(str(files_recipe), ["rl.online.trace.num_groups=0"])
     assert "credit" not in names(untraced, home)
-    dpo = names(load_recipe("quickstart", ["rl.algorithm=dpo"]), home)
+    offline = ["rl.algorithm=dpo", "rl.dpo.pairs=data", "sample_preferences="]
+    dpo = names(load_recipe("quickstart", offline), home)
     assert "credit" not in dpo
     assert "prepare_data:prompts" not in dpo
     assert "prepare_data:preferences" in dpo
@@ -159,7 +160,7 @@ def test_the_gate_changes_the_decision_only(walk: Walk) -> None:
 
 
 def test_dpo_gets_pairs_and_nothing_to_sample_with(walk: Walk) -> None:
-    requests = walk(load_recipe("quickstart", ["rl.algorithm=dpo"]))
+    requests = walk(load_recipe("quickstart", ["rl.algorithm=dpo", "rl.dpo.pairs=data"]))
     (request,) = (r for r in requests if isinstance(r, TrainRLRequest))
     assert request.preferences is not None
     assert request.preferences.split == "preferences"
