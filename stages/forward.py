@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from stages.core.logprobs import chunked_token_logprobs
 from stages.models import head_of
 from stages.packing import PackedBatch, micro_batches, pack
-from stages.shared_critic import Critic
+from stages.shared_critic import Critic, SharedCritic
 
 # Logits held at once, as elements of [chunk, vocabulary]: 16 MiB in fp32.
 _LOGIT_ELEMENTS = 2**22
@@ -86,16 +86,30 @@ def completion_logprobs(
     model: PreTrainedModel, sequences: Sequences, width: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of completion tokens, [_B, width] each, 0 as filling."""
+    logprobs, entropy, _ = completion_outputs(model, None, sequences, width, temperature)
+    return logprobs, entropy
+
+
+def completion_outputs(
+    model: PreTrainedModel,
+    critic: SharedCritic | None,
+    sequences: Sequences,
+    width: int,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`completion_logprobs`, and the values of a critic on the same backbone from the same pass."""
     batch = sequences.pack(model.device)
     rows, columns, positions, targets = _completion_index(sequences, batch)
-    logprobs, entropy = logprobs_at(
-        model, hidden_states(model, batch), positions, targets, temperature
-    )
-    shape = (len(sequences), width)
-    return (
-        logprobs.new_zeros(shape).index_put((rows, columns), logprobs),
-        entropy.new_zeros(shape).index_put((rows, columns), entropy),
-    )
+    hidden = hidden_states(model, batch)
+
+    def placed(values: Tensor) -> Tensor:
+        return values.new_zeros(len(sequences), width).index_put((rows, columns), values)
+
+    logprobs, entropy = logprobs_at(model, hidden, positions, targets, temperature)
+    values: Tensor | None = None
+    if critic is not None:
+        values = placed(critic.score(hidden.index_select(0, positions))[:, 0].float())
+    return placed(logprobs), placed(entropy), values
 
 
 def completion_values(

@@ -21,6 +21,14 @@ from stages import termination
 
 logger = logging.getLogger("posttrain")
 
+# These leave after a checkpoint; the others have nothing to save, and SIGTERM simply ends them.
+_WITH_CHECKPOINTS = (
+    "train_sft",
+    "train_reward_model",
+    "train_process_reward_model",
+    "train_rl",
+)
+
 # Failures of the machine, which another attempt may not meet again.
 _TRANSIENT = (OSError, MemoryError, TimeoutError)
 
@@ -29,10 +37,11 @@ def main() -> int:
     """Exit code 0 for a finished stage, 2 for a user's error, 75 when asked to stop, else 1."""
     die_with_parent()
     work_dir = Path(sys.argv[1])
-    termination.install()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     request = request_adapter.validate_json((work_dir / "request.json").read_bytes())
+    if request.stage in _WITH_CHECKPOINTS:
+        termination.install()
     tracker = FileTracker(work_dir / "metrics.jsonl")
     try:
         artifact = run_stage(request, run_dir=work_dir, tracker=tracker)

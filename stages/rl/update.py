@@ -14,12 +14,14 @@ from schemas.rl import OnlineConfig
 from stages.core.aggregation import aggregate, denominator
 from stages.core.losses import mismatch_kl, mismatch_weights
 from stages.core.masks import masked_sum
-from stages.forward import completion_logprobs, completion_values
+from stages.forward import completion_outputs, completion_values
 from stages.optimization import Optimizer
 from stages.packing import micro_batches
 from stages.rl.algorithms import OnlineAlgorithm
 from stages.rl.experience import Credit, Experience, TrainBatch
-from stages.shared_critic import Critic
+from stages.shared_critic import Critic, SharedCritic
+
+_NO_CRITIC_LOSS = {"critic/loss": 0.0, "critic/clip_fraction": 0.0}
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Learner:
     policy_optimizer: Optimizer
     critic: Critic | None = None
     critic_optimizer: Optimizer | None = None
+
+    @property
+    def shared_critic(self) -> SharedCritic | None:
+        """The critic if its backbone is the policy's."""
+        return self.critic if isinstance(self.critic, SharedCritic) else None
 
 
 def update(
@@ -51,6 +58,7 @@ def update(
     batch = train_batch(experience, credit)
     found: list[dict[str, float]] = []
     for rows in _mini_batches(experience, config, seed):
+        _refuse_untrainable(batch.completion_mask[rows])
         metrics: dict[str, float] = {}
         if train_policy:
             metrics |= _policy_gradient(
@@ -59,11 +67,8 @@ def update(
             if not found:
                 # Before the first update of the batch, policy and engine must still be the same.
                 _check_mismatch(metrics["mismatch_kl"], config)
-        if learner.critic is not None:
-            metrics |= _critic_gradient(
-                learner, experience, batch, rows, algorithm, config, head_only=not train_policy
-            )
-        # Both gradients are complete before a weight moves: they may meet in one backbone.
+        if learner.critic is not None and not (train_policy and learner.shared_critic):
+            metrics |= _critic_gradient(learner, experience, batch, rows, algorithm, config)
         found.append(metrics | _step(learner, train_policy))
     names = found[0].keys()
     means = {name: sum(metrics[name] for metrics in found) / len(found) for name in names}
@@ -94,15 +99,22 @@ def _policy_gradient(
     config: OnlineConfig,
     engine_is_exact: bool,
 ) -> dict[str, float]:
+    """Gradient of the policy's loss; with a shared critic, of the value loss too, in one pass."""
+    critic = learner.shared_critic
     mask = batch.completion_mask[rows]
-    total = _denominator(mask, algorithm, config)
+    total = denominator(
+        mask, algorithm.aggregation, constant_length=config.sampling.max_completion_tokens
+    )
     num_tokens = max(float(mask.sum()), 1.0)
     sums = dict.fromkeys(("policy/loss", "ratio/clip_fraction", "entropy", "mismatch_kl"), 0.0)
+    if critic is not None:
+        sums |= _NO_CRITIC_LOSS
     learner.policy.train()
     for chosen in _micro(experience, rows, config.micro_batch_tokens):
         micro = batch.select(chosen)
-        logprobs, entropy = completion_logprobs(
+        logprobs, entropy, values = completion_outputs(
             learner.policy,
+            critic,
             experience.sequences.select(chosen),
             experience.width,
             config.sampling.temperature,
@@ -118,8 +130,10 @@ def _policy_gradient(
                 "token",
             )
         loss = aggregate(per_token, micro.completion_mask, algorithm.aggregation, total)
-        loss.backward()
         sums["policy/loss"] += loss.item()
+        if values is not None:
+            loss = loss + _critic_loss(values, micro, algorithm, mask, sums)
+        loss.backward()
         share = float(micro.completion_mask.sum()) / num_tokens
         sums["mismatch_kl"] += share * mismatch_kl(
             logprobs.detach(), micro.rollout_logprobs, micro.completion_mask
@@ -136,31 +150,40 @@ def _critic_gradient(
     rows: list[int],
     algorithm: OnlineAlgorithm,
     config: OnlineConfig,
-    *,
-    head_only: bool,
 ) -> dict[str, float]:
-    assert learner.critic is not None and algorithm.critic is not None
-    weight = algorithm.critic.shared_weight
-    shared = weight is not None
+    """Gradient of the value loss alone; a shared critic warms up here, and only its head."""
+    assert learner.critic is not None
     mask = batch.completion_mask[rows]
-    total = denominator(mask, "token_mean")
-    sums = {"critic/loss": 0.0, "critic/clip_fraction": 0.0}
+    sums = dict(_NO_CRITIC_LOSS)
     learner.critic.train()
     for chosen in _micro(experience, rows, config.micro_batch_tokens):
-        micro = batch.select(chosen)
         values = completion_values(
             learner.critic,
             experience.sequences.select(chosen),
             experience.width,
-            head_only=shared and head_only,
+            head_only=learner.shared_critic is not None,
         )
-        token_loss = algorithm.critic.loss(values, micro)
-        loss = aggregate(token_loss.per_token, micro.completion_mask, "token_mean", total)
-        (loss if weight is None else weight * loss).backward()
-        sums["critic/loss"] += loss.item()
-        clipped = masked_sum(token_loss.clipped.float(), micro.completion_mask).item()
-        sums["critic/clip_fraction"] += clipped / total
+        _critic_loss(values, batch.select(chosen), algorithm, mask, sums).backward()
     return sums
+
+
+def _critic_loss(
+    values: Tensor,
+    micro: TrainBatch,
+    algorithm: OnlineAlgorithm,
+    mask: Tensor,
+    sums: dict[str, float],
+) -> Tensor:
+    """A micro-batch's share of the weighted value loss, counted in `sums` without its weight."""
+    assert algorithm.critic is not None
+    total = denominator(mask, "token_mean")
+    token_loss = algorithm.critic.loss(values, micro)
+    loss = aggregate(token_loss.per_token, micro.completion_mask, "token_mean", total)
+    sums["critic/loss"] += loss.item()
+    clipped = masked_sum(token_loss.clipped.float(), micro.completion_mask).item()
+    sums["critic/clip_fraction"] += clipped / total
+    weight = algorithm.critic.shared_weight
+    return loss if weight is None else weight * loss
 
 
 def _step(learner: Learner, train_policy: bool) -> dict[str, float]:
@@ -170,16 +193,12 @@ def _step(learner: Learner, train_policy: bool) -> dict[str, float]:
     return metrics
 
 
-def _denominator(mask: Tensor, algorithm: OnlineAlgorithm, config: OnlineConfig) -> float:
-    total = denominator(
-        mask, algorithm.aggregation, constant_length=config.sampling.max_completion_tokens
-    )
-    if total == 0:
+def _refuse_untrainable(mask: Tensor) -> None:
+    if not mask.any():
         raise UserError(
             "every completion of an optimizer step was left out of the loss (all were truncated): "
             "raise rl.online.sampling.max_completion_tokens, or set mask_truncated to false"
         )
-    return total
 
 
 def _mini_batches(experience: Experience, config: OnlineConfig, seed: int) -> list[list[int]]:

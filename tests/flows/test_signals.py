@@ -72,6 +72,7 @@ def test_a_run_that_is_stopped_or_killed_goes_on(
         process = start()
         wait_for(lambda: len(ours("stages.main")) == 1)
         assert ours("flows.local_server")
+        assert not ours("uvicorn")  # Prefect's own, which would outlive a killed run
         time.sleep(0.5)
         process.send_signal(number)
         output, errors = process.communicate(timeout=60)

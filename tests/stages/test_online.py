@@ -298,6 +298,23 @@ def test_too_many_cut_completions_stop_the_stage(
         )
 
 
+@EVERY_ALGORITHM
+def test_a_batch_without_a_trained_token_stops_the_stage(
+    tiny: Any, tiny_folder: Path, tmp_path: Path, algorithm: str
+) -> None:
+    with pytest.raises(UserError, match=r"left out of the loss.*raise .*max_completion_tokens"):
+        train(
+            tiny,
+            tiny_folder,
+            tmp_path,
+            MemoryTracker(),
+            algorithm,
+            sampling={"max_completion_tokens": 1},
+            mask_truncated=True,
+            trace={"num_groups": 0},
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
