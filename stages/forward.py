@@ -127,11 +127,6 @@ def completion_values(
     return values.new_zeros(len(sequences), width).index_put((rows, columns), values)
 
 
-def final_values(model: Critic, sequences: Sequences) -> Tensor:
-    """A critic's value of the state after the last token, [_B]."""
-    return scores_at(model, sequences, [[n - 1] for n in sequences.lengths()])[:, 0]
-
-
 def scores_at(model: Critic, sequences: Sequences, positions: Sequence[Sequence[int]]) -> Tensor:
     """The head's output at given positions of each sequence, [sum of positions, num_labels].
 
@@ -165,8 +160,14 @@ def all_completion_values(
     after = torch.zeros(len(sequences), device=model.device)
     for indices in micro_batches(sequences.lengths(), max_tokens):
         chosen = sequences.select(indices)
-        values[indices] = completion_values(model, chosen, width)
-        after[indices] = final_values(model, chosen)
+        positions = [
+            range(len(prompt) - 1, len(prompt) + len(completion))
+            for prompt, completion in zip(chosen.prompt_ids, chosen.completion_ids, strict=True)
+        ]
+        states = scores_at(model, chosen, positions)[:, 0].split([len(own) for own in positions])
+        for index, own in zip(indices, states, strict=True):
+            values[index, : len(own) - 1] = own[:-1]
+            after[index] = own[-1]
     return values.clone(), after.clone()
 
 

@@ -81,7 +81,7 @@ def _decode(line: bytes, place: str) -> str:
 
 def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text.rstrip("\r\n"), parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         where = f"{place} line {error.lineno}" if " line " not in place else place
         raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error

@@ -130,3 +130,16 @@ def test_a_fresh_critic_says_nothing(tiny: Tiny, tiny_folder: Path) -> None:
     critic = load_with_head(tiny_folder, "value", seed=0).eval()
     values = forward.completion_values(critic, sequences(tokenizer), 24)
     assert (values == 0).all()
+
+
+def test_values_of_states_come_from_one_pass(tiny: Tiny, tiny_folder: Path) -> None:
+    _, tokenizer = tiny
+    critic = load_with_head(tiny_folder, "value", seed=0).eval()
+    torch.nn.init.normal_(forward.head_of(critic).weight)
+    batch = sequences(tokenizer)
+    width = max(len(ids) for ids in batch.completion_ids) + 2
+    values, after = forward.all_completion_values(critic, batch, width, max_tokens=40)
+    expected = forward.completion_values(critic, batch, width)
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
+    last = scores_at(critic, batch, [[n - 1] for n in batch.lengths()])[:, 0]
+    torch.testing.assert_close(after, last, rtol=1e-4, atol=1e-5)
