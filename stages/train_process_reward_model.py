@@ -165,7 +165,7 @@ def micro_losses(
         right = (logits.argmax(1) == labels).sum().item()
         yield supervised.MicroLoss(
             step_cross_entropy(logits, labels).sum() / denominator,
-            {"step_accuracy": right / denominator},
+            {"train/step_accuracy": right / denominator},
         )
 
 

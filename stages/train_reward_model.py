@@ -136,7 +136,7 @@ def micro_losses(
         margin = torch.full_like(chosen, config.margin)
         loss = bradley_terry_loss(chosen, rejected, margin, config.centering).sum()
         right = (chosen > rejected).sum().item()
-        yield supervised.MicroLoss(loss / len(pairs), {"accuracy": right / len(pairs)})
+        yield supervised.MicroLoss(loss / len(pairs), {"train/accuracy": right / len(pairs)})
 
 
 @torch.inference_mode()

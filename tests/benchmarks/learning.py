@@ -167,25 +167,19 @@ class Plan:
             # method itself shall cost time.
             "reward_model=null",
             "rl.online.trace.num_groups=0",
-            *METHODS[method].overrides,
             f"seed={seed}",
             *self.overrides,
         ]
         if self.num_steps is not None:
             overrides.append(f"rl.online.num_steps={self.num_steps}")
-        config = load_recipe(self.recipe, overrides)
-        if config.rl.algorithm != "dpo":
-            return config
-        # As many completions as online RL draws, all of them before the first update.
-        samples = config.sample_preferences.samples_per_prompt if config.sample_preferences else 4
-        return load_recipe(
-            self.recipe,
-            [
-                *overrides,
-                f"sample_preferences.num_prompts={num_completions(config) // samples}",
-                f"sample_preferences.samples_per_prompt={samples}",
-            ],
-        )
+        if method == "dpo":
+            # As many completions as online RL draws, all of them before the first update.
+            config = load_recipe(self.recipe, overrides)
+            asked = config.sample_preferences
+            samples = asked.samples_per_prompt if asked is not None else 4
+            overrides.append(f"sample_preferences.num_prompts={num_completions(config) // samples}")
+            overrides.append(f"sample_preferences.samples_per_prompt={samples}")
+        return load_recipe(self.recipe, [*overrides, *METHODS[method].overrides])
 
 
 class NotFinished(Exception):
@@ -440,11 +434,11 @@ def markdown(document: dict[str, Any]) -> str:
         if not rows:
             continue
         rows.sort(key=lambda row: -row["pass@1"])
-        sft = sorted({f"{100 * row['sft_pass@1']:.1f}%" for row in rows})
+        sft = sorted(100 * row["sft_pass@1"] for row in rows)
         lines = [
             f"**{task}** ({title}). {completions} completions a run "
             f"({document['num_steps']} steps x {document['prompts_per_step']} prompts x "
-            f"{document['group_size']}); SFT policy: pass@1 {' to '.join({sft[0]: 0, sft[-1]: 0})}.",
+            f"{document['group_size']}); SFT policy: pass@1 {_span(sft[0], sft[-1])}.",
             "",
             "| method | reward | credit | pass@1 (95% interval) | each seed | gain | KL | length "
             "| tokens | peak memory | model state | CPU s | wall s |",
@@ -459,6 +453,11 @@ def markdown(document: dict[str, Any]) -> str:
         if shared:
             parts.append("\n".join(_shared_lines(shared)))
     return "\n\n".join(parts) + "\n"
+
+
+def _span(low: float, high: float) -> str:
+    texts = [f"{low:.1f}%", f"{high:.1f}%"]
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
 
 
 def _row(row: dict[str, Any], method: dict[str, str]) -> str:
