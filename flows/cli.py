@@ -62,6 +62,14 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")
     ] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Say why each stage would be reused or run, and stop."),
+    ] = False,
+    rerun_changed_code: Annotated[
+        bool,
+        typer.Option("--rerun-changed-code", help="Do again what other code than today's did."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe from data to a promoted model; what is already done is reused."""
@@ -75,7 +83,10 @@ def run(
         from flows.plan import make_plan
 
         console = make_console(stderr=as_json)
-        plan = make_plan(config, place)
+        if explain:
+            _explain(config, place, console, as_json, rerun_changed_code)
+            return
+        plan = make_plan(config, place, rerun_changed_code=rerun_changed_code)
         console.print(plan_table(plan))
         if dry_run:
             if as_json:
@@ -83,7 +94,7 @@ def run(
             return
         record = _reused(config, place, plan, console)
         if record is None:
-            record = _run(config, place, console)
+            record = _run(config, place, console, rerun_changed_code)
         _show(record, place, console, as_json)
 
 
@@ -223,7 +234,21 @@ def main() -> None:
     app()
 
 
-def _run(config: PipelineConfig, place: Home, console: Console) -> RunRecord:
+def _explain(
+    config: PipelineConfig, place: Home, console: Console, as_json: bool, rerun: bool
+) -> None:
+    from flows.explain import document, explain, print_explanations
+
+    explanations = explain(config, place, rerun_changed_code=rerun)
+    if as_json:
+        _print_json(document(explanations))
+    else:
+        print_explanations(console, explanations)
+
+
+def _run(
+    config: PipelineConfig, place: Home, console: Console, rerun_changed_code: bool
+) -> RunRecord:
     """Run the flow in this process, on a Prefect server of its own unless there is another."""
     from flows.display import make_progress
     from flows.listener import watched_by
@@ -245,7 +270,7 @@ def _run(config: PipelineConfig, place: Home, console: Console) -> RunRecord:
         progress = make_progress(console)
         stack.enter_context(progress)
         stack.enter_context(watched_by(progress))
-        document = post_train(config, home=str(place.root))
+        document = post_train(config, home=str(place.root), rerun_changed_code=rerun_changed_code)
     return Runs(place.store.root).read(document["run"])
 
 

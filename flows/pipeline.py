@@ -62,12 +62,16 @@ def run_stage_task(session: Session, node: Node, name: str) -> Any:
 
 
 @flow(name="post_train", flow_run_name="{config.name}", persist_result=False)
-def post_train(config: PipelineConfig, home: str) -> dict[str, Any]:
+def post_train(
+    config: PipelineConfig, home: str, rerun_changed_code: bool = False
+) -> dict[str, Any]:
     """Post-train a model through every stage of a recipe, and promote it if the gate holds.
 
+    rerun_changed_code: work that other code has done is done again.
     Returns what `posttrain run --json` prints.
     """
-    with open_session(config, Home.resolve(home)) as session:
+    place = Home.resolve(home)
+    with open_session(config, place, rerun_changed_code=rerun_changed_code) as session:
         *before, evaluate, promote = session.nodes
         for node in before:
             _run(session, node)

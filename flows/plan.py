@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +33,7 @@ class PlannedStage:
     artifact: Artifact | None = None
     """What is reused."""
     changed: tuple[str, ...] = ()
-    """Files whose code has changed since a reused artifact was made."""
+    """Files whose code has changed since the artifact of the same work was made."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ class Plan:
         return all(stage.action == "reuse" for stage in self.stages)
 
 
-def make_plan(config: PipelineConfig, home: Home) -> Plan:
+def make_plan(config: PipelineConfig, home: Home, *, rerun_changed_code: bool = False) -> Plan:
     """Look at a recipe's inputs and at the store, and say what would run.
 
+    rerun_changed_code: work that other code has done is done again.
     Raises `UserError` for everything that is wrong with the inputs.
     """
     archive = Archive(home, config.registry.name)
@@ -57,14 +59,17 @@ def make_plan(config: PipelineConfig, home: Home) -> Plan:
     artifacts: dict[str, Artifact] = {}
     stages: list[PlannedStage] = []
     for node in nodes:
-        stage = _planned(node, artifacts, archive)
+        stage = plan_stage(node, artifacts, archive, rerun_changed_code)
         if stage.artifact is not None:
             artifacts[node.name] = stage.artifact
         stages.append(stage)
     return Plan(tuple(stages))
 
 
-def _planned(node: Node, artifacts: dict[str, Artifact], archive: Archive) -> PlannedStage:
+def plan_stage(
+    node: Node, artifacts: Mapping[str, Artifact], archive: Archive, rerun_changed_code: bool
+) -> PlannedStage:
+    """What would happen to one stage, given the artifacts that are reused before it."""
     waits = [name for name in node.needs if name not in artifacts]
     if waits:
         return PlannedStage(node.name, "run", f"after {', '.join(waits)}", node.needs)
@@ -72,6 +77,11 @@ def _planned(node: Node, artifacts: dict[str, Artifact], archive: Archive) -> Pl
     found = archive.finished(request)
     if found is not None:
         changed = tuple(changed_code(found.created_by.code))
+        if changed and rerun_changed_code:
+            why = f"again, for the code has changed: {_listed(changed)}"
+            return PlannedStage(
+                node.name, "run", why, node.needs, request.fingerprint, changed=changed
+            )
         reason = "the same work is done"
         if changed:
             reason = f"reused, though the code has changed since: {_listed(changed)}"

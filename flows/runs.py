@@ -160,6 +160,14 @@ class Runs:
                 return record
         return None
 
+    def reader_of(self, fingerprint: str, *, but: str) -> str | None:
+        """A run at work, other than `but`, that has an artifact among its stages."""
+        for record in self.all():
+            uses = any(row.fingerprint == fingerprint for row in record.stages)
+            if uses and record.status == "running" and record.run != but:
+                return record.run
+        return None
+
     @contextlib.contextmanager
     def open(self, config: PipelineConfig) -> Iterator[OpenRun]:
         """The unfinished run of the same configuration, or a new one, held by this process.

@@ -13,6 +13,7 @@ from flows.archive import Archive
 from flows.graph import Node, build_graph
 from flows.listener import Listener, listener
 from flows.runs import OpenRun, Runs, StageRow, StageStatus
+from infra.code import changed_code
 from infra.environment import Home
 from infra.launch import StageFailed, run_stage, terminate_all
 from infra.tail import last_lines
@@ -24,6 +25,7 @@ from schemas.artifacts import (
     RewardModelCheckpoint,
 )
 from schemas.base import UserError
+from schemas.fingerprint import fingerprint_fields
 from schemas.pipeline import PipelineConfig
 from schemas.requests import AnyRequest, PromoteRequest, StageRequest
 
@@ -43,6 +45,7 @@ class Session:
         run: OpenRun,
         tracking: Tracking,
         watcher: Listener,
+        rerun_changed_code: bool = False,
     ) -> None:
         self.config = config
         self.home = home
@@ -56,6 +59,8 @@ class Session:
         )
         self.artifacts: dict[str, Artifact] = {}
         self._spent: dict[str, float] = {}
+        self._rerun_changed_code = rerun_changed_code
+        self._rerun: set[str] = set()
 
     @property
     def mlflow_run_id(self) -> str:
@@ -66,10 +71,37 @@ class Session:
     def reuse(self, node: Node) -> Artifact | None:
         """The artifact of a stage whose work is done, verified to the byte; else None."""
         request = node.build(self.artifacts)
-        artifact = self.archive.finished(request, verify=True)
-        if artifact is not None:
+        # Under the lock: what the record names before it is released, nobody clears away.
+        with self.store.lock(request.fingerprint, on_wait=self.watcher.note):
+            artifact = self.archive.finished(request, verify=True)
+            if artifact is None or self._put_aside(node, artifact):
+                return None
+            self._note_identity(request)
             self._accept(node, artifact, "reused", 0.0, None)
         return artifact
+
+    def _put_aside(self, node: Node, artifact: Artifact) -> bool:
+        """Put away, once in a run, what other code has made, if that is asked for."""
+        if not self._rerun_changed_code or artifact.fingerprint in self._rerun:
+            return False
+        changed = changed_code(artifact.created_by.code)
+        if not changed:
+            return False
+        reader = Runs(self.store.root).reader_of(artifact.fingerprint, but=self.run.record.run)
+        if reader is not None:
+            raise UserError(
+                f"{node.name} cannot be run again while run {reader} uses its artifact: "
+                "wait for that run, or leave out --rerun-changed-code"
+            )
+        self._rerun.add(artifact.fingerprint)
+        self.store.quarantine(artifact.fingerprint)
+        self.watcher.note(f"{node.name}: again, for the code has changed: {', '.join(changed)}")
+        return True
+
+    def _note_identity(self, request: StageRequest) -> None:
+        """Keep what the fingerprint is made of; it serves people only, so it may fail."""
+        with contextlib.suppress(OSError):
+            self.store.note_identity(request.fingerprint, fingerprint_fields(request))
 
     def execute(self, node: Node, log: Callable[[str], None]) -> Artifact | None:
         """Do the work of a stage. Returns None only for a promotion that must be evaluated again.
@@ -148,6 +180,7 @@ class Session:
             if found is not None:
                 self._accept(node, found, "reused", 0.0, None)
                 return found
+            self._note_identity(request)
             work = self.store.work_dir(request.fingerprint)
             shipper = MetricsShipper(
                 self.tracking,
@@ -175,6 +208,7 @@ class Session:
     def _promote(self, node: Node, request: PromoteRequest, started: float) -> Artifact | None:
         from stages.promote import decide  # torch, for the bootstrap
 
+        self._note_identity(request)
         decision = self.archive.promote(request, decide, self.mlflow_run_id)
         if decision is None:
             self.watcher.note(
@@ -238,8 +272,13 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(config: PipelineConfig, home: Home) -> Iterator[Session]:
-    """A run of a recipe: the unfinished one of the same configuration, or a new one."""
+def open_session(
+    config: PipelineConfig, home: Home, *, rerun_changed_code: bool = False
+) -> Iterator[Session]:
+    """A run of a recipe: the unfinished one of the same configuration, or a new one.
+
+    rerun_changed_code: work that other code has done is done again.
+    """
     from infra.mlflow_tracking import Tracking
 
     tracking = Tracking(home.mlflow_uri)
@@ -256,7 +295,7 @@ def open_session(config: PipelineConfig, home: Home) -> Iterator[Session]:
         )
         run.update(mlflow_run_id=run_id)
         try:
-            session = Session(config, home, run, tracking, listener())
+            session = Session(config, home, run, tracking, listener(), rerun_changed_code)
         except UserError as error:
             run.update(status="failed", ended=datetime.now(UTC), outcome=str(error))
             tracking.finish_run(run_id, "FAILED")

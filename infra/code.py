@@ -97,9 +97,14 @@ def created_by() -> CreatedBy:
     return CreatedBy(
         posttrain=_version("posttrain") or "not installed",
         python=platform.python_version(),
-        packages={name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        packages=package_versions(),
         code=loaded_code(),
     )
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that decide the numbers."""
+    return {name: found for name in _PACKAGES if (found := _version(name)) is not None}
 
 
 def _version(distribution: str) -> str | None:

@@ -32,6 +32,7 @@ _POLL_SECONDS = 0.05
 _PARENT = "POSTTRAIN_PARENT_PID"
 _DEFAULTS = {
     "PYTHONUNBUFFERED": "1",
+    "TQDM_DISABLE": "1",  # a bar redrawn in a log file is noise
     # Threads that spin while they wait take the core from those that work.
     "OMP_WAIT_POLICY": "passive",
     # Keep large buffers between steps: giving them back means a page fault for each page again.

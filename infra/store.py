@@ -1,8 +1,8 @@
 """The store: finished artifacts by fingerprint, and the folders in which work happens.
 
-`artifacts/<fingerprint>/` holds `artifact.json`, `manifest.json` and `content/`; it appears by one
-rename, or not at all. `work/<fingerprint>/` is where a stage runs. Every path of the store is made
-in this file.
+`artifacts/<fingerprint>/` holds `artifact.json`, `manifest.json`, `content/` and, where it is
+known, `identity.json`: what the fingerprint was made of. It appears by one rename, or not at all.
+`work/<fingerprint>/` is where a stage runs. Every path of the store is made in this file.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from infra.files import disk_full_named, file_lock, sync, write_atomic
 from infra.manifest import (
@@ -31,6 +32,7 @@ from schemas.fingerprint import canonical_json
 
 _log = logging.getLogger(__name__)
 _FINGERPRINT = re.compile(r"[A-Za-z0-9_-]+")
+_IDENTITY = "identity.json"
 
 
 class Store:
@@ -74,6 +76,24 @@ class Store:
     def lock_descriptor(self, fingerprint: str) -> int | None:
         """Descriptor of a lock that this process holds, for a child that shall share it."""
         return self._locks.get(fingerprint)
+
+    def note_identity(self, fingerprint: str, fields: Mapping[str, Any]) -> None:
+        """Keep what a fingerprint is made of beside its artifact, which may be yet to come."""
+        folder = self.artifacts_folder / _checked(fingerprint)
+        path = (folder if folder.is_dir() else self.work_dir(fingerprint)) / _IDENTITY
+        if not path.exists():
+            write_atomic(path, canonical_json(fields))
+
+    def identities(self) -> Iterator[tuple[str, dict[str, Any], float]]:
+        """Of every finished artifact that tells: fingerprint, its fields, and when it was made."""
+        for path in sorted(self.artifacts_folder.glob(f"*/{_IDENTITY}")):
+            try:
+                made = (path.parent / "artifact.json").stat().st_mtime
+                fields = json.loads(path.read_bytes())
+            except (OSError, ValueError):
+                continue  # being removed, or damaged: it is only for people
+            if isinstance(fields, dict):
+                yield path.parent.name, fields, made
 
     def publish(self, fingerprint: str, artifact: Artifact) -> None:
         """Turn `work/<fingerprint>/content` into a finished artifact, by one rename.
@@ -177,6 +197,8 @@ class Store:
         staging.mkdir()
         write_atomic(staging / "manifest.json", canonical_json(manifest))
         write_atomic(staging / "artifact.json", artifact.model_dump_json(indent=1))
+        if (work / _IDENTITY).exists():
+            shutil.copyfile(work / _IDENTITY, staging / _IDENTITY)
         _sync_tree(work / "content")
         (work / "content").rename(staging / "content")
         sync(staging)

@@ -63,6 +63,13 @@ def test_adaptive_controller_by_hand(kl: float, factor: float) -> None:
     assert controller.value == pytest.approx(0.2 * factor)
 
 
+def test_adaptive_controller_takes_small_targets_and_horizons() -> None:
+    # 10% above a target of 0.5 nats, two horizons of 0.5: 1 + 0.1 * 1 / 0.5
+    controller = AdaptiveKLController(value=0.2, target=0.5, horizon=0.5)
+    controller.update(0.55, num_steps=1)
+    assert controller.value == pytest.approx(0.2 * 1.2)
+
+
 def test_fixed_controller_stays() -> None:
     controller = FixedKLController(0.1)
     controller.update(100.0, 50)

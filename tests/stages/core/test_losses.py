@@ -47,6 +47,11 @@ def test_ratio_at_each_level_by_hand() -> None:
         torch.testing.assert_close(ratio, torch.tensor(expected, dtype=torch.float64))
 
 
+def test_ratio_is_bounded_on_both_sides() -> None:
+    ratio = policy_ratio(f64([30, -30]), f64([0, 0]), torch.ones(1, 2), "token")
+    assert ratio.tolist()[0] == pytest.approx([math.exp(20), math.exp(-20)])
+
+
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_mean"])
 def test_ratio_of_a_far_policy_keeps_loss_and_gradient_finite(level: str) -> None:
     # exp(200) is infinite in float32, and 0 * inf in the gradient of the clip would be NaN.
@@ -144,6 +149,15 @@ def test_cispo_by_hand() -> None:
         cispo_loss(ratio, logprobs, logprobs, -0.1)
 
 
+def test_cispo_bound_by_hand() -> None:
+    # A weight on the bound is not cut, one just above it is; a bound of 1 + 0 is allowed.
+    one = f64([1.0, 1.0, 1.0])
+    for clip_high, ratios in ((0.5, [1.0, 1.5, 1.75]), (0.0, [0.5, 1.0, 1.25])):
+        loss, clipped = cispo_loss(f64(ratios), one, one, clip_high)
+        assert loss.tolist()[0] == [-ratios[0], -(1 + clip_high), -(1 + clip_high)]
+        assert clipped.int().tolist() == [[0, 0, 1]]
+
+
 # value_loss
 
 
@@ -157,6 +171,15 @@ def test_value_loss_by_hand() -> None:
     loss, clipped = value_loss(values, old, returns, clip=None)
     assert loss.tolist()[0] == pytest.approx([2.0, 3.92, 8.0])
     assert clipped.int().tolist() == [[0, 0, 0]]
+    assert clipped.dtype == torch.bool
+
+
+def test_value_loss_holds_to_the_old_value_on_both_sides() -> None:
+    # old 2. v 2.2, return 1: within the clip, 1.2^2/2. v 1, return 0: held at 1.5, 1.5^2/2.
+    # v 1, return 3: held at 1.5, whose error is the smaller: 2^2/2.
+    loss, clipped = value_loss(f64([2.2, 1, 1]), f64([2, 2, 2]), f64([1, 0, 3]), clip=0.5)
+    assert loss.tolist()[0] == pytest.approx([0.72, 1.125, 2.0])
+    assert clipped.int().tolist() == [[0, 1, 0]]
 
 
 # mismatch
@@ -203,18 +226,18 @@ def test_mismatch_kl_is_the_kl_of_the_engine_from_the_trainer() -> None:
 
 
 def test_dpo_by_hand() -> None:
-    # h = (-1 - -2) - (-3 - -5) = 1 - 2 = -1; beta 0.5
-    args = (f64(-1), f64(-3), f64(-2), f64(-5))
-    losses, chosen, rejected = dpo_loss(*args, beta=0.5, kind="sigmoid")
-    assert losses.item() == pytest.approx(-log_sigmoid(-0.5))
-    assert (chosen.item(), rejected.item()) == (0.5, 1.0)
-    losses, _, _ = dpo_loss(*args, beta=0.5, kind="sigmoid", label_smoothing=0.1)
-    assert losses.item() == pytest.approx(-0.9 * log_sigmoid(-0.5) - 0.1 * log_sigmoid(0.5))
-    losses, _, _ = dpo_loss(*args, beta=0.5, kind="ipo")
-    assert losses.item() == pytest.approx((-1 - 1 / (2 * 0.5)) ** 2)
-    losses, _, _ = dpo_loss(*args, beta=0.5, kind="hinge")
-    assert losses.item() == pytest.approx(1.5)
-    losses, _, _ = dpo_loss(f64(9), *args[1:], beta=0.5, kind="hinge")
+    # h = (-1 - -3) - (-3 - -6) = 2 - 3 = -1; beta 0.25
+    args = (f64(-1), f64(-3), f64(-3), f64(-6))
+    losses, chosen, rejected = dpo_loss(*args, beta=0.25, kind="sigmoid")
+    assert losses.item() == pytest.approx(-log_sigmoid(-0.25))
+    assert (chosen.item(), rejected.item()) == (0.5, 0.75)
+    losses, _, _ = dpo_loss(*args, beta=0.25, kind="sigmoid", label_smoothing=0.1)
+    assert losses.item() == pytest.approx(-0.9 * log_sigmoid(-0.25) - 0.1 * log_sigmoid(0.25))
+    losses, _, _ = dpo_loss(*args, beta=0.25, kind="ipo")
+    assert losses.item() == pytest.approx((-1 - 2) ** 2)  # 1 / (2 beta) = 2
+    losses, _, _ = dpo_loss(*args, beta=0.25, kind="hinge")
+    assert losses.item() == pytest.approx(1.25)
+    losses, _, _ = dpo_loss(f64(9), *args[1:], beta=0.25, kind="hinge")
     assert losses.item() == 0.0
 
 
@@ -283,7 +306,7 @@ def test_step_labels_other_than_0_and_1_are_refused() -> None:
 
 def test_unknown_kinds_are_a_mistake_of_ours() -> None:
     one = torch.ones(1, 1)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="'word'"):
         policy_ratio(one, one, one, "word")  # type: ignore[arg-type]
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="'slic'"):
         dpo_loss(one, one, one, one, 0.1, "slic")  # type: ignore[arg-type]
