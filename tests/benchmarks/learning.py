@@ -229,8 +229,8 @@ class Benchmark:
     def run(self) -> dict[str, Any]:
         """Every run of the plan, seed by seed; a run that fails is noted and passed over."""
         plan = self.plan
-        for task in plan.tasks:
-            for seed in plan.seeds:
+        for seed in plan.seeds:
+            for task in plan.tasks:
                 for method in plan.methods:
                     try:
                         self.document["runs"].append(self._run(task, method, seed))

@@ -42,7 +42,9 @@ def main() -> int:
         if status == "killed":
             continue
         function = name.split("x_", 1)[-1].split("__mutmut", 1)[0]
-        added = [line[1:].strip() for line in _mutmut("show", name).splitlines()[3:] if line[:1] == "+"]
+        added = [
+            line[1:].strip() for line in _mutmut("show", name).splitlines()[3:] if line[:1] == "+"
+        ]
         why = _why(function, added) if status == "survived" else None
         unexplained += why is None
         print(f"{status}: {function}: {' '.join(added)}\n    {why or 'NOT EXPLAINED'}")

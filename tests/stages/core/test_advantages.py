@@ -105,7 +105,9 @@ def test_group_of_one_is_refused_with_the_remedy() -> None:
         lambda: leave_one_out(rewards, ids),
         lambda: process_supervised(steps, ends, ids, 1),
     ):
-        with pytest.raises(ValueError, match=r"^group 9 has one response.*nothing to be.*group_size >= 2\)$"):
+        with pytest.raises(
+            ValueError, match=r"^group 9 has one response.*nothing to be.*group_size >= 2\)$"
+        ):
             call()
 
 
