@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.lineage import lineage_tags
 from infra.code import created_by
 from infra.environment import Home
 from infra.files import file_lock
@@ -113,7 +114,9 @@ class Archive:
             records = self.store.path(request.report)
             checks = tuple(judge(request.report, request.gate, records))
             promoted = all(check.passed for check in checks)
+            run = self.registry.client.get_run(mlflow_run_id).data.tags
             tags = {
+                **lineage_tags(self.store, request.candidate, run),
                 _ARTIFACT: _portable(request.candidate),
                 _EVALUATION: request.report.fingerprint,
                 _DECISION: request.fingerprint,

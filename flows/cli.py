@@ -257,6 +257,53 @@ def models(home: HomeOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def gc(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print what would be deleted.")
+    ] = False,
+    keep_days: Annotated[
+        int,
+        typer.Option("--keep-days", min=1, help="Keep what is younger, or in a younger run."),
+    ] = 30,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete old artifacts that no registry alias and no recent run needs."""
+    with _exit_codes():
+        from flows import gc as collector
+        from flows.display import make_console
+
+        place = _home(home)
+        found = collector.find_waste(place, keep_days)
+        gone = found if dry_run else collector.delete(place, found)
+        if as_json:
+            _print_json(collector.document(gone, deleted=not dry_run))
+        else:
+            collector.print_waste(make_console(stderr=False), gone, deleted=not dry_run)
+
+
+@app.command()
+def lineage(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="NAME[@ALIAS|/VERSION]", help="Registered model; else @champion."),
+    ],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a registered model came from: evaluation, models, data, configuration, code."""
+    with _exit_codes():
+        from flows.display import make_console
+        from flows.lineage import document, lineage_of, tree
+
+        found = lineage_of(_home(home), model)
+        if as_json:
+            _print_json(document(found))
+        else:
+            make_console(stderr=False).print(tree(found))
+
+
+@app.command()
 def promote(
     name: Annotated[str, typer.Argument(help="Registered model.")],
     version: Annotated[str, typer.Argument(help="Version number, or an alias.")],

@@ -124,10 +124,13 @@ def document(waste: Sequence[Waste], *, deleted: bool) -> dict[str, Any]:
 def _needed(home: Home, cutoff: float) -> set[str]:
     """Fingerprints that an alias, a recent run, or recent work needs, and all before them."""
     store = home.store
-    needed = set(_of_aliases(home)) | _in_use(store)
+    aliased = set(_of_aliases(home))
+    needed = aliased | _in_use(store)
     for record in Runs(store.root).all():
-        if record.status == "running" or (record.ended or record.started).timestamp() >= cutoff:
-            needed.update(row.fingerprint for row in record.stages)
+        used = {row.fingerprint for row in record.stages}
+        decision = next((row.fingerprint for row in record.stages if row.name == "promote"), None)
+        if (record.ended or record.started).timestamp() >= cutoff or decision in aliased:
+            needed |= used
     for folder in _folders_in(store.work_folder):
         if _changed(folder) >= cutoff:
             needed.add(folder.name)

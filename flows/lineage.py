@@ -1,4 +1,4 @@
-"""From a registered model back to its evaluation, models, data, configuration, code and packages."""
+"""From a registered model back to its evaluation, data, configuration, code and packages."""
 
 from __future__ import annotations
 
@@ -175,11 +175,13 @@ def document(lineage: Lineage) -> dict[str, Any]:
 
 
 def _data_stage(artifact: DatasetArtifact) -> str:
-    """Sampled data record which policy they came from; prepared data come from data only."""
+    """Pairs and step labels are prepared from files, or sampled: the modules that ran tell."""
     sampled = {"preference": "sample_preferences", "steps": "label_steps"}
-    if any(name.startswith("num_sampl") for name in artifact.metrics):
-        return sampled.get(artifact.layout, "prepare_data")
-    return "prepare_data"
+    stage = sampled.get(artifact.layout, "")
+    code = artifact.created_by.code
+    return (
+        stage if f"stages.{stage}" in code and "stages.prepare_data" not in code else "prepare_data"
+    )
 
 
 def _made_by(created: CreatedBy) -> dict[str, str]:
@@ -271,7 +273,7 @@ def _add_configuration(root: Tree, lineage: Lineage) -> None:
     if recipe and config:
         branch.add(Text(f"recipe {recipe}, digest {config[:12]}"))
     if run is not None:
-        branch.add(Text(f"every field: {lineage.run and run.store}/runs/{run.run}/run.json"))
+        branch.add(Text(f"every field: {run.store}/runs/{run.run}/run.json"))
 
 
 def _add_code(root: Tree, lineage: Lineage) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from flows.archive import Archive
 from flows.graph import Node, build_graph
+from flows.installed import check_installed
 from flows.listener import Listener, listener
 from flows.runs import OpenRun, Runs, StageRow, StageStatus
 from infra.code import changed_code
@@ -281,6 +282,7 @@ def open_session(
     """
     from infra.mlflow_tracking import Tracking
 
+    check_installed(config)
     tracking = Tracking(home.mlflow_uri)
     with Runs(home.store.root).open(config) as run:
         run_id = tracking.open_pipeline_run(

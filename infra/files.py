@@ -81,3 +81,19 @@ def file_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[int]:
     finally:
         # Closing, and not unlocking: a child that inherited the descriptor keeps the lock.
         os.close(descriptor)
+
+
+@contextmanager
+def try_file_lock(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock if it is free, and yield whether it was; never waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from infra.files import disk_full_named, file_lock, sync, write_atomic
+from infra.files import disk_full_named, file_lock, sync, try_file_lock, write_atomic
 from infra.manifest import (
     CorruptArtifact,
     Manifest,
@@ -44,6 +44,7 @@ class Store:
         self.work_folder = self.root / "work"
         self.runs_folder = self.root / "runs"
         self.quarantine_folder = self.root / "quarantine"
+        self.trash_folder = self.root / "trash"
         self._verified: set[tuple[str, str]] = set()
         self._locks: dict[str, int] = {}
 
@@ -64,7 +65,7 @@ class Store:
     @contextmanager
     def lock(self, fingerprint: str, on_wait: Callable[[str], None] = _log.info) -> Iterator[None]:
         """One writer per fingerprint. Waits, and says so once, while another holds it."""
-        path = self.root / "locks" / f"{_checked(fingerprint)}.lock"
+        path = self._lock_path(fingerprint)
         message = f"another run is working on {fingerprint[:12]}; waiting"
         with file_lock(path, lambda: on_wait(message)) as descriptor:
             self._locks[fingerprint] = descriptor
@@ -72,6 +73,12 @@ class Store:
                 yield
             finally:
                 del self._locks[fingerprint]
+
+    @contextmanager
+    def try_lock(self, fingerprint: str) -> Iterator[bool]:
+        """Like `lock`, but never waits: yields whether nobody else holds it."""
+        with try_file_lock(self._lock_path(fingerprint)) as held:
+            yield held
 
     def lock_descriptor(self, fingerprint: str) -> int | None:
         """Descriptor of a lock that this process holds, for a child that shall share it."""
@@ -151,6 +158,16 @@ class Store:
             return  # another process was faster
         self._verified = {key for key in self._verified if key[0] != fingerprint}
 
+    def remove(self, folder: Path) -> None:
+        """Delete a folder of the store: it is gone by one rename, its files then one by one."""
+        if self.root not in folder.parents:
+            raise ValueError(f"{folder} is not in the store {self.root}")
+        self.trash_folder.mkdir(parents=True, exist_ok=True)
+        target = self.trash_folder / f"{folder.name}.{time.time_ns()}"
+        folder.rename(target)
+        shutil.rmtree(target)
+        self._verified = {key for key in self._verified if key[0] != folder.name}
+
     def artifacts(self) -> Iterator[AnyArtifact]:
         """Every finished artifact, in order of fingerprint."""
         if not self.artifacts_folder.is_dir():
@@ -159,6 +176,9 @@ class Store:
             artifact = self.find(folder.name) if _FINGERPRINT.fullmatch(folder.name) else None
             if artifact is not None:
                 yield artifact
+
+    def _lock_path(self, fingerprint: str) -> Path:
+        return self.root / "locks" / f"{_checked(fingerprint)}.lock"
 
     def _sound(self, fingerprint: str, check: Callable[[Artifact], None]) -> AnyArtifact | None:
         folder = self.artifacts_folder / _checked(fingerprint)

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from schemas.base import Frozen
-from schemas.training import OptimizerConfig
+from schemas.training import OptimizerConfig, SupervisedConfig
 
 Algorithm = Literal["ppo", "grpo", "rloo", "dpo"]
 LossAggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -178,11 +178,9 @@ class RLOOConfig(Frozen):
     """What the loss is a mean over."""
 
 
-class DPOConfig(Frozen):
+class DPOConfig(SupervisedConfig):
     """Direct preference optimisation (Rafailov et al. 2023)."""
 
-    optimizer: OptimizerConfig
-    """The policy's optimiser."""
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull to the reference policy."""
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
@@ -195,22 +193,6 @@ class DPOConfig(Frozen):
     """Weight of the chosen completion's negative log-likelihood (Pang et al. 2024)."""
     pairs: Literal["data", "sampled"] = "data"
     """Pairs from `data.preferences`, or from `sample_preferences`."""
-    num_epochs: float = Field(default=1.0, gt=0)
-    """Passes over the pairs."""
-    max_steps: int | None = Field(default=None, ge=1)
-    """Stop after this many optimizer steps, whichever comes first."""
-    batch_size: int = Field(default=32, ge=1)
-    """Pairs in one optimizer step."""
-    max_length: int = Field(ge=8)
-    """Longest prompt and completion in tokens; longer ones are cut, counted and reported."""
-    micro_batch_tokens: int = Field(default=8192, ge=8)
-    """Token slots that go through the model at once."""
-    checkpoint_every: int = Field(default=100, ge=1)
-    """Optimizer steps between checkpoints."""
-    log_every: int = Field(default=10, ge=1)
-    """Optimizer steps between logged metrics."""
-    max_truncated_fraction: float = Field(default=0.1, ge=0, le=1)
-    """The stage stops before training if a larger share of the pairs had to be cut."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

