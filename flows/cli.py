@@ -163,6 +163,7 @@ def serve(
         from flows.recipes import load_recipe
 
         config = load_recipe(recipe, set_)
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
         place = _prefect_server(home)
         deployment = build_deployment(
             config, place, name=name or config.name, cron=cron, timezone=timezone

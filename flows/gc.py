@@ -57,7 +57,7 @@ def find_waste(home: Home, keep_days: float, now: datetime | None = None) -> lis
         if changed >= cutoff or (kind != "quarantine" and fingerprint in needed):
             continue
         days = (now.timestamp() - changed) / 86400
-        what = artifact_name(store.find(fingerprint)) if kind == "artifact" else _stage(folder)
+        what = _stage(folder) or artifact_name(store.find(fingerprint))
         found.append(Waste(kind, fingerprint, folder, what, days, _size(folder)))
     return sorted(found, key=lambda one: (-one.num_bytes, str(one.folder)))
 
@@ -72,7 +72,7 @@ def delete(home: Home, waste: Sequence[Waste]) -> list[Waste]:
     gone: list[Waste] = []
     for one in waste:
         with store.try_lock(one.fingerprint) as held:
-            if not held or one.fingerprint in _in_use(store):
+            if not held or one.fingerprint in _in_use(store, but=one.fingerprint):
                 continue
             try:
                 store.remove(one.folder)
@@ -148,11 +148,14 @@ def _of_aliases(home: Home) -> Iterator[str]:
             yield from (version.tags[tag] for tag in _TAGS if tag in version.tags)
 
 
-def _in_use(store: Store) -> set[str]:
-    """What the runs at work have taken up, and what running stages read and write."""
+def _in_use(store: Store, *, but: str = "") -> set[str]:
+    """What the runs at work have taken up, and what running stages read and write.
+
+    but: work whose lock the caller holds.
+    """
     used = {row.fingerprint for record in _running(store) for row in record.stages}
     for folder in _folders_in(store.work_folder):
-        if folder.name not in used and _locked(store, folder.name):
+        if folder.name not in {but, *used} and _locked(store, folder.name):
             used.add(folder.name)
             used.update(_read_by(folder))
     return used
@@ -191,9 +194,8 @@ def _with_parents(store: Store, fingerprints: Iterable[str]) -> set[str]:
         if fingerprint in found:
             continue
         found.add(fingerprint)
-        if (store.artifacts_folder / fingerprint).is_dir():
-            artifact = store.find(fingerprint)
-            pending.extend(artifact.parents if artifact is not None else ())
+        artifact = store.find(fingerprint)
+        pending.extend(artifact.parents if artifact is not None else ())
     return found
 
 
@@ -209,7 +211,7 @@ def _folders(store: Store) -> Iterator[tuple[Kind, Path]]:
 def _folders_in(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
-    return sorted(folder for folder in parent.iterdir() if folder.is_dir())
+    return sorted(f for f in parent.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -86,10 +86,7 @@ def lineage_tags(store: Store, model: PolicyCheckpoint, run: Mapping[str, str]) 
 
     run: tags of the MLflow run, of which those that name the run and its configuration are taken.
     """
-    tags = {
-        f"{_PREFIX}{artifact_name(one).replace(':', '.')}": one.sha256
-        for one in ancestors(store, model).values()
-    }
+    tags = {_tag(one): one.sha256 for one in ancestors(store, model).values()}
     tags |= _made_by(model.created_by)
     names = ("posttrain.run", "posttrain.recipe", "posttrain.config_digest")
     return tags | {name: run[name] for name in names if name in run}
@@ -132,9 +129,8 @@ def tree(lineage: Lineage) -> Tree:
             branch.add(Text(f"{'passed' if check.passed else 'failed'}: {check.reason}"))
     if lineage.evaluation is not None:
         _add_evaluation(root, lineage.evaluation)
-    shown: set[str] = set()
     if lineage.model is not None:
-        _add_artifact(root, lineage.model, lineage.artifacts, shown)
+        _add_artifact(root, lineage.model, lineage, set())
     else:
         branch = root.add(_text("train_rl", f"{version.fingerprint[:12]} is not in the store"))
         for name, sha256 in sorted(tags.items()):
@@ -172,6 +168,11 @@ def document(lineage: Lineage) -> dict[str, Any]:
         ],
         "tags": version.tags,
     }
+
+
+def _tag(artifact: Artifact) -> str:
+    """The tag of a registered version that holds the content digest of an ancestor."""
+    return f"{_PREFIX}{artifact_name(artifact).replace(':', '.')}"
 
 
 def _data_stage(artifact: DatasetArtifact) -> str:
@@ -233,24 +234,26 @@ def _add_evaluation(root: Tree, report: EvaluationReport) -> None:
         branch.add(Text(f"{label}: {numbers}, reward {scores.reward:.4f}, {records}"))
 
 
-def _add_artifact(
-    above: Tree, artifact: Artifact, known: dict[str, Artifact], shown: set[str]
-) -> None:
+def _add_artifact(above: Tree, artifact: Artifact, lineage: Lineage, shown: set[str]) -> None:
     name = artifact_name(artifact)
     seen = artifact.fingerprint in shown
     branch = above.add(_text(name, _digests(artifact) + ("  (see above)" if seen else "")))
     if seen:
         return
     shown.add(artifact.fingerprint)
+    then = lineage.version.tags.get(_tag(artifact), artifact.sha256)
+    if then != artifact.sha256:
+        text = f"made again since: this version came from content {then[:12]}"
+        branch.add(Text(text, style="yellow"))
     detail = _detail(artifact)
     if detail:
         branch.add(Text(detail, style="dim"))
     for fingerprint in artifact.parents:
-        parent = known.get(fingerprint)
+        parent = lineage.artifacts.get(fingerprint)
         if parent is None:
             branch.add(_text("input", f"{fingerprint[:12]} is not in the store"))
         else:
-            _add_artifact(branch, parent, known, shown)
+            _add_artifact(branch, parent, lineage, shown)
 
 
 def _detail(artifact: Artifact) -> str:

@@ -12,6 +12,7 @@ from prefect.tasks import Task, exponential_backoff
 from flows import events
 from flows.graph import Node
 from flows.session import Session, open_session
+from flows.slot import device_slot
 from infra.environment import Home
 from infra.launch import StageFailed
 from schemas.artifacts import Artifact, PromotionDecision
@@ -57,10 +58,11 @@ def run_stage_task(session: Session, node: Node, name: str) -> Any:
     Its result is None for a promotion that has to be evaluated again.
     """
     logger = get_run_logger()
-    found = session.reuse(node)
+    found = session.reuse(node, logger.info)
     if found is not None:
         return Completed(name=_CACHED, message=f"reused {found.uri}", data=found)
-    return session.execute(node, logger.info)
+    with device_slot(session.config.compute.slot, node.stage, logger.info):
+        return session.execute(node, logger.info)
 
 
 @flow(name="post_train", flow_run_name="{config.name}", persist_result=False)

@@ -69,11 +69,16 @@ class Session:
         assert self.run.record.mlflow_run_id is not None
         return self.run.record.mlflow_run_id
 
-    def reuse(self, node: Node) -> Artifact | None:
+    def reuse(self, node: Node, log: Callable[[str], None] = lambda text: None) -> Artifact | None:
         """The artifact of a stage whose work is done, verified to the byte; else None."""
         request = node.build(self.artifacts)
+
+        def on_wait(text: str) -> None:
+            self.watcher.note(f"{node.name}: {text}")
+            log(text)
+
         # Under the lock: what the record names before it is released, nobody clears away.
-        with self.store.lock(request.fingerprint, on_wait=self.watcher.note):
+        with self.store.lock(request.fingerprint, on_wait=on_wait):
             artifact = self.archive.finished(request, verify=True)
             if artifact is None or self._put_aside(node, artifact):
                 return None

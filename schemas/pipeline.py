@@ -32,6 +32,8 @@ class ComputeConfig(Frozen):
     """How often Prefect starts a stage again after an infrastructure failure."""
     stage_timeout: float | None = Field(default=None, gt=0)
     """Seconds after which a stage is stopped and counted as failed."""
+    slot: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+$")
+    """Prefect concurrency limit of which a stage that computes holds a slot: one a device."""
 
 
 class PipelineConfig(Frozen):

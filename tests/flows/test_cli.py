@@ -56,7 +56,11 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in ("run", "show", "credit", "runs", "models", "promote", "rollback"):
+    commands = (
+        *("run", "deploy", "serve", "show", "credit", "runs", "models", "gc", "lineage"),
+        *("promote", "rollback"),
+    )
+    for command in commands:
         assert command in done.stdout
 
 

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.states import Pending
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.deploy import build_deployment
+from flows.deploy import build_deployment, deploy
 from flows.local_server import _free_port
 from flows.pipeline import post_train
 from flows.recipes import load_recipe
@@ -76,6 +79,24 @@ def test_without_a_server_the_remedy_is_told(
         result = CliRunner().invoke(app, [command[0], str(files_recipe), *command[1:], *arguments])
         assert result.exit_code == 2
         assert "prefect server start" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
+def test_a_run_that_meets_another_is_dropped(home: Home, files_recipe: Path) -> None:
+    config = load_recipe(str(files_recipe))
+    made = build_deployment(config, home, name="alone", cron="0 2 * * *", timezone=None)
+    deploy(made, "alone")
+    deploy(made, "alone")  # again: the same deployment
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name(made.full_name)
+        assert [schedule.active for schedule in deployment.schedules] == [True]
+        states = []
+        for _ in range(2):
+            run = client.create_flow_run_from_deployment(deployment.id)
+            client.set_flow_run_state(run.id, Pending())
+            states.append(client.read_flow_run(run.id).state_type)
+    assert states == [StateType.PENDING, StateType.CANCELLED]
 
 
 class Server:
@@ -221,8 +242,12 @@ def test_a_schedule_fires_on_a_process_worker(
     record = next(one for one in Runs(home.store.root).all() if one.run != first["run"])
     assert record.status == "failed"
 
-    events = server.ask("events/filter", filter={"event": {"prefix": ["posttrain."]}})["events"]
-    (event,) = (one for one in events if one["payload"]["run"] == record.run)
+    def events() -> list[dict[str, Any]]:
+        ours = {"event": {"prefix": ["posttrain."]}}
+        found = server.ask("events/filter", filter=ours)["events"]
+        return [one for one in found if one["payload"]["run"] == record.run]
+
+    (event,) = wait_for(events, 60, tmp_path / "server.log")  # the server writes them in batches
     assert event["event"] == "posttrain.stage.failed"
     assert event["payload"]["stage"] == "prepare_data:demonstrations"
     related = {one["prefect.resource.id"] for one in event["related"]}

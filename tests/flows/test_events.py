@@ -41,11 +41,12 @@ def test_decisions_are_told_once_and_shown(
     assert emitted == []  # reused: nothing was decided
 
     stages.pass_at_1 = {"candidate": 0.6, "baseline": 0.7}
-    post_train(config.model_copy(update={"seed": 1}), home=str(home.root))
+    other = post_train(config.model_copy(update={"seed": 1}), home=str(home.root))
     assert [event for event, *_ in emitted] == ["posttrain.model.refused"]
     with get_client(sync_client=True) as client:
         pages = [str(one.data) for one in client.read_artifacts() if one.key == "posttrain-files"]
-    (refused,) = (page for page in pages if "version 2: refused" in page)
+    (refused,) = (page for page in pages if other["run"] in page)
+    assert refused.startswith("# files version 2: refused")
     assert "| min_improvement | **no** | -0.1000 | 0.0000 |" in refused
     assert "MLflow run `" in refused
 

@@ -62,7 +62,8 @@ def test_what_a_recent_run_used_stays_with_all_before_it(
     # The SFT policy's own data stay, and the held-out records that those were checked against.
     waste = in_sixty_days(home)
     assert names(waste) == ["credit", "evaluate", "prepare_data:prompts", "train_rl"]
-    assert all(one.num_bytes > 0 and 59 < one.days < 61 for one in waste)
+    assert all(59 < one.days < 61 for one in waste)
+    assert all(one.num_bytes > 0 for one in waste if one.kind == "artifact")
 
 
 def test_what_a_run_or_a_stage_at_work_uses_stays(
@@ -88,9 +89,7 @@ def test_what_a_run_or_a_stage_at_work_uses_stays(
         gone = {one.fingerprint for one in delete(home, everything)}
         assert evaluate.candidate.fingerprint not in gone
         assert home.store.find(evaluate.candidate.fingerprint) is not None
-    assert names(in_sixty_days(home), "work") == ["evaluate"] * len(
-        [one for one in in_sixty_days(home) if one.kind == "work"]
-    )
+    assert "0" * 64 in {one.fingerprint for one in in_sixty_days(home)}
 
 
 def test_what_is_locked_is_not_deleted(home: Home, requests: list[Any]) -> None:

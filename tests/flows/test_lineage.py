@@ -65,6 +65,18 @@ def test_from_a_version_back_to_its_data(
     assert as_json["decision"]["promoted"] is True
     assert {one["stage"] for one in as_json["artifacts"]} >= {"train_rl", "train_sft"}
 
+    # The SFT policy is made again, with other bytes than those that this version came from.
+    sft = home.store.find(rows["train_sft"])
+    assert sft is not None
+    home.store.quarantine(sft.fingerprint)
+    content = home.store.work_dir(sft.fingerprint) / "content"
+    content.mkdir()
+    (content / "other").write_text("other")
+    other = sft.model_copy(update={"sha256": home.store.seal(content)})
+    home.store.publish(sft.fingerprint, other)
+    shown = invoke(home, "files").stdout
+    assert f"this version came from content {sft.sha256[:12]}" in shown
+
     # The store has lost it: the registry's tags still name what it came from.
     home.store.quarantine(version.fingerprint)
     shown = invoke(home, "files").stdout

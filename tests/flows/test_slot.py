@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+
+from flows.pipeline import post_train
+from flows.recipes import load_recipe
+from flows.slot import device_slot
+from infra.environment import Home
+from schemas.base import UserError
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
+
+
+@pytest.fixture
+def limit() -> str:
+    name = f"gpu-{time.time_ns()}"
+    with get_client(sync_client=True) as client:
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+    return name
+
+
+def active_slots(name: str) -> int:
+    with get_client(sync_client=True) as client:
+        return client.read_global_concurrency_limit_by_name(name).active_slots
+
+
+def test_one_waits_for_the_other(limit: str) -> None:
+    order: list[str] = []
+    held = threading.Event()
+
+    def first() -> None:
+        with device_slot(limit, "train_rl", order.append):
+            held.set()
+            time.sleep(2)
+            order.append("first ends")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    held.wait(30)
+    with device_slot(limit, "train_sft", lambda text: None):
+        order.append("second begins")
+    thread.join()
+    assert order[-2:] == ["first ends", "second begins"]
+    assert active_slots(limit) == 0
+
+
+def test_without_a_slot_nobody_is_asked() -> None:
+    lines: list[str] = []
+    with device_slot(None, "train_rl", lines.append), device_slot("x", "promote", lines.append):
+        assert lines == []
+
+
+@pytest.mark.usefixtures("tracked_home")
+def test_a_run_holds_its_slot_while_it_computes(
+    home: Home, stages: Any, files_recipe: Path, limit: str
+) -> None:
+    with pytest.raises(UserError, match="prefect gcl create nowhere --limit 1"):
+        post_train(
+            load_recipe(str(files_recipe), ["compute.slot=nowhere"]),
+            home=str(home.root),
+        )
+    held: dict[str, int] = {}
+    stages.before = lambda request: held.__setitem__(request.stage, active_slots(limit))
+    post_train(load_recipe(str(files_recipe), [f"compute.slot={limit}"]), home=str(home.root))
+    assert held["train_sft"] == held["train_rl"] == held["evaluate"] == 1
+    assert "prepare_data" not in held  # done in the first attempt, which needed no slot
+    assert active_slots(limit) == 0
