@@ -33,6 +33,10 @@ from schemas.requests import AnyRequest, PromoteRequest, StageRequest
 if TYPE_CHECKING:
     from infra.mlflow_tracking import Tracking
 
+# What a stage says about its own work: counts of records, the audit trail of PPO's credit mode, the
+# comparison of estimators.
+_DOCUMENTS = ("report.json", "posttrain.json", "credit.json")
+
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -206,6 +210,10 @@ class Session:
         with self._tolerating_mlflow():
             self.tracking.log_metrics(mlflow_run_id, artifact.metrics)
             self.tracking.set_tags(mlflow_run_id, {"posttrain.sha256": artifact.sha256})
+            for name in _DOCUMENTS:
+                document = self.store.root / artifact.uri / name
+                if document.is_file():
+                    self.tracking.log_file(mlflow_run_id, document)
         status: StageStatus = "ran" if outcome.resumed_from_step is None else "resumed"
         seconds = self._spent.get(node.name, 0.0) + outcome.seconds
         self._accept(node, artifact, status, seconds, outcome.peak_memory_bytes)

@@ -90,6 +90,10 @@ class Tracking:
         values = [_metric(key, value, now, step) for key, value in metrics.items()]
         self.log_metric_values(run_id, values)
 
+    def log_file(self, run_id: str, path: Path) -> None:
+        """Keep a small file with a run; an earlier one of the same name is replaced."""
+        self.client.log_artifact(run_id, str(path))
+
     def log_metric_values(self, run_id: str, values: list[Metric]) -> None:
         """Log metric values that carry their own steps and times."""
         for start in range(0, len(values), _MAX_METRICS):

@@ -118,6 +118,16 @@ def test_metrics_at_once(tracking: Tracking, run_id: str) -> None:
     assert found["bad_name"] == 1.0
 
 
+def test_a_file_is_kept_with_its_run(tracking: Tracking, run_id: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    for text in ('{"read": 1}', '{"read": 2}'):
+        path.write_text(text)
+        tracking.log_file(run_id, path)
+    assert [file.path for file in tracking.client.list_artifacts(run_id)] == ["report.json"]
+    kept = tracking.client.download_artifacts(run_id, "report.json", str(tmp_path))
+    assert Path(kept).read_text() == '{"read": 2}'
+
+
 def test_names_stay_apart() -> None:
     assert [metric_name(key) for key in ("pass@1", "a/b c-d.e:f", "ü")] == [
         "pass_at_1",
