@@ -16,7 +16,6 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-from infra.files import file_digest as file_digest  # digests of code and of files, side by side
 from schemas.artifacts import CreatedBy
 from schemas.base import UserError
 

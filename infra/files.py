@@ -69,31 +69,34 @@ def file_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[int]:
     The kernel drops the lock when the last process that holds the descriptor is gone. The file
     stays: removing it would let two processes lock two files of one name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
+    with _lock_file(path) as descriptor:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             on_wait()
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
-    finally:
-        # Closing, and not unlocking: a child that inherited the descriptor keeps the lock.
-        os.close(descriptor)
 
 
 @contextmanager
 def try_file_lock(path: Path) -> Iterator[bool]:
     """Hold an exclusive lock if it is free, and yield whether it was; never waits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
+    with _lock_file(path) as descriptor:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
         else:
             yield True
+
+
+@contextmanager
+def _lock_file(path: Path) -> Iterator[int]:
+    """An open descriptor of a lock's file, which is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        yield descriptor
     finally:
+        # Closing, and not unlocking: a child that inherited the descriptor keeps the lock.
         os.close(descriptor)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from infra.code import file_digest
+from infra.files import file_digest, sync
 from stages.optimization import Optimizer
 
 logger = logging.getLogger(__name__)
@@ -67,10 +67,10 @@ class Checkpoints:
         digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(digests))
         for path in temporary.iterdir():
-            _fsync(path)
+            sync(path)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _fsync(self._folder)
+        sync(self._folder)
         for old in self._found()[:-_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -139,11 +139,3 @@ def _restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,12 +21,12 @@ from schemas.training import ProcessRewardModelConfig
 from stages import supervised
 from stages.core.losses import step_cross_entropy
 from stages.core.metrics import expected_calibration_error, first_error_f1
+from stages.data.records import read_datasets
 from stages.forward import Sequences, scores_at
 from stages.models import load_tokenizer, load_with_head, num_parameters, save_model, to_device
 from stages.packing import micro_batches
 from stages.provenance import provenance
 from stages.tokenization import labelled_step_ends
-from stages.train_reward_model import read_pairs as read_all
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ def run(
     tokenizer = load_tokenizer(folder)
     separator = request.step_separator
     examples, num_truncated = encode(
-        read_all(store, request.step_labels), tokenizer, separator, config.max_length
+        read_datasets(store, request.step_labels), tokenizer, separator, config.max_length
     )
     held_out, _ = encode(
-        read_all(store, [request.held_out]), tokenizer, separator, config.max_length
+        read_datasets(store, [request.held_out]), tokenizer, separator, config.max_length
     )
     supervised.refuse_truncation(
         "step records",

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from infra.devices import resolve_device
 from infra.store import Store
 from infra.tracking import Tracker
-from schemas.artifacts import DatasetArtifact, RewardModelCheckpoint
+from schemas.artifacts import RewardModelCheckpoint
 from schemas.requests import TrainRewardModelRequest
 from schemas.training import RewardModelConfig
 from stages import supervised
 from stages.core.losses import bradley_terry_loss
 from stages.core.metrics import expected_calibration_error
-from stages.data.records import read_records
+from stages.data.records import read_datasets
 from stages.forward import Sequences, scores_at
 from stages.models import load_tokenizer, load_with_head, num_parameters, save_model, to_device
 from stages.packing import micro_batches
@@ -55,9 +55,11 @@ def run(
     folder = store.path(request.policy)
     tokenizer = load_tokenizer(folder)
     pairs, num_truncated = encode_pairs(
-        read_pairs(store, request.preferences), tokenizer, config.max_length
+        read_datasets(store, request.preferences), tokenizer, config.max_length
     )
-    held_out, _ = encode_pairs(read_pairs(store, [request.held_out]), tokenizer, config.max_length)
+    held_out, _ = encode_pairs(
+        read_datasets(store, [request.held_out]), tokenizer, config.max_length
+    )
     supervised.refuse_truncation(
         "pairs", num_truncated, len(pairs), config.max_truncated_fraction, config.max_length
     )
@@ -90,11 +92,6 @@ def run(
         num_steps=result.num_steps,
         metrics=metrics | {"loss": result.metrics["loss"], "num_truncated": num_truncated},
     )
-
-
-def read_pairs(store: Store, datasets: Sequence[DatasetArtifact]) -> list[dict[str, object]]:
-    """The records of several data sets, one after the other."""
-    return [record for dataset in datasets for record in read_records(store.path(dataset))]
 
 
 def encode_pairs(

@@ -17,7 +17,7 @@ from schemas.base import UserError
 from schemas.requests import TrainRLRequest
 from schemas.rl import OnlineConfig
 from stages import supervised
-from stages.data.records import read_records
+from stages.data.records import read_datasets, read_records
 from stages.models import (
     load_policy,
     load_tokenizer,
@@ -35,7 +35,7 @@ from stages.rl.traces import join_traces
 from stages.rollout.engine import build_engine
 from stages.shared_critic import Critic, SharedCritic
 from stages.tokenization import decode, encode_prompt
-from stages.train_reward_model import encode_pairs, read_pairs
+from stages.train_reward_model import encode_pairs
 
 
 def run(request: TrainRLRequest, *, run_dir: Path, tracker: Tracker) -> PolicyCheckpoint:
@@ -133,7 +133,7 @@ def _offline(
     config = request.config.dpo
     assert config is not None and request.preferences is not None
     store = Store(request.runtime.store)
-    records = read_pairs(store, [request.preferences])
+    records = read_datasets(store, [request.preferences])
     pairs, num_truncated = encode_pairs(records, tokenizer, config.max_length)
     supervised.refuse_truncation(
         "pairs", num_truncated, len(pairs), config.max_truncated_fraction, config.max_length

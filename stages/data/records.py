@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from infra.store import Store
+from schemas.artifacts import DatasetArtifact
 
 RECORDS_FILE = "records.jsonl"
 
@@ -21,3 +24,8 @@ def iter_records(folder: Path) -> Iterator[dict[str, Any]]:
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """All the records in the content folder of a `DatasetArtifact`."""
     return list(iter_records(folder))
+
+
+def read_datasets(store: Store, datasets: Iterable[DatasetArtifact]) -> list[dict[str, Any]]:
+    """The records of several data sets, one after the other."""
+    return [record for dataset in datasets for record in iter_records(store.path(dataset))]

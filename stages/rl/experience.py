@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stages.core.advantages import token_rewards
 from stages.core.kl import kl_k1
+from stages.core.masks import masked_sum
 from stages.core.shaping import place_step_rewards
 from stages.forward import Sequences
 from stages.rewards.composition import RewardBreakdown
@@ -62,6 +63,12 @@ class Experience:
         if self.ref_logprobs is None:
             return None
         return kl_k1(self.old_logprobs, self.ref_logprobs)
+
+    def sequence_kl(self) -> Tensor:
+        """k1 summed over the tokens of each response, nats [_N]; needs the reference."""
+        kl = self.kl()
+        assert kl is not None
+        return masked_sum(kl, self.completion_mask, dim=1)
 
     def token_rewards(self, kl_coef: float) -> Tensor:
         """The reward of a response spread over its tokens [_N, _T].

@@ -13,7 +13,6 @@ from schemas.rl import GRPOConfig
 from stages.core.advantages import group_normalized, process_supervised
 from stages.core.kl import kl_k3
 from stages.core.losses import cispo_loss, clipped_policy_loss, policy_ratio
-from stages.core.masks import masked_sum
 from stages.rl.experience import Credit, Experience, TokenLoss, TrainBatch
 
 
@@ -27,9 +26,7 @@ def credit(experience: Experience, config: GRPOConfig) -> Credit:
     scores = rewards.scores.to(group_ids.device)
     kl_coef = config.kl_coef if config.kl_in == "reward" else 0.0
     if kl_coef:
-        kl = experience.kl()
-        assert kl is not None
-        scores = scores - kl_coef * masked_sum(kl, experience.completion_mask, dim=1)
+        scores = scores - kl_coef * experience.sequence_kl()
     advantages, _ = group_normalized(scores, group_ids, config.scale, config.eps)
     per_token = experience.per_token(advantages)
     if rewards.step_rewards is None or rewards.step_ends is None:

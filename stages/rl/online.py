@@ -18,7 +18,6 @@ from stages import termination
 from stages.checkpoint import Checkpoints
 from stages.core.kl import kl_k1
 from stages.core.masks import masked_sum
-from stages.forward import all_completion_logprobs
 from stages.optimization import Optimizer
 from stages.rewards.composition import Rewarder
 from stages.rl.algorithms import OnlineAlgorithm
@@ -225,22 +224,13 @@ def _kl_to_reference(
     experience: Experience, reference: PreTrainedModel, config: OnlineConfig
 ) -> float:
     """Mean sequence KL to the SFT policy in nats, k1 on the policy's own samples."""
-    rows = slice(None)
-    if experience.ref_logprobs is not None:
-        ref_logprobs = experience.ref_logprobs
-    else:
-        # Every k-th rollout, so that as many prompts as possible are in the sample.
-        rows = slice(None, None, max(len(experience.rollouts) // _KL_SAMPLE, 1))
-        chosen = list(range(len(experience.rollouts)))[rows]
-        ref_logprobs = all_completion_logprobs(
-            reference,
-            experience.sequences.select(chosen),
-            experience.width,
-            config.micro_batch_tokens,
-            config.sampling.temperature,
-        )
-    kl = kl_k1(experience.old_logprobs[rows], ref_logprobs)
-    return masked_sum(kl, experience.completion_mask[rows], dim=1).mean().item()
+    num_rows = len(experience.rollouts)
+    known = experience.ref_logprobs is not None
+    # Every k-th rollout, so that as many prompts as possible are in the sample.
+    rows = range(0, num_rows, 1 if known else max(num_rows // _KL_SAMPLE, 1))
+    ref_logprobs = reference_logprobs(reference, experience, config, rows)
+    kl = kl_k1(experience.old_logprobs[list(rows)], ref_logprobs)
+    return masked_sum(kl, experience.completion_mask[list(rows)], dim=1).mean().item()
 
 
 def _summary(metrics: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from schemas.rl import PPOConfig
 from stages.core.advantages import explained_variance, gae, response_level
 from stages.core.kl import AdaptiveKLController, FixedKLController
 from stages.core.losses import clipped_policy_loss, policy_ratio, value_loss
-from stages.core.masks import masked_sum, masked_whiten
+from stages.core.masks import masked_whiten
 from stages.rl.experience import Credit, CreditMode, Experience, TokenLoss, TrainBatch
 
 
@@ -57,8 +57,8 @@ def credit(experience: Experience, config: PPOConfig, state: PPOState, step: int
 
     The critic learns the GAE returns in either mode, so that it can win back its say.
     """
-    mask, values, kl = experience.completion_mask, experience.values, experience.kl()
-    assert values is not None and kl is not None
+    mask, values = experience.completion_mask, experience.values
+    assert values is not None
     kl_coef = state.kl_controller.value
     rewards = experience.token_rewards(kl_coef)
     bootstrap = _bootstrap(experience, config)
@@ -73,8 +73,7 @@ def credit(experience: Experience, config: PPOConfig, state: PPOState, step: int
     unwhitened = advantages
     if config.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
-    sequence_kl = masked_sum(kl, mask, dim=1).mean().item()
-    state.kl_controller.update(sequence_kl, len(experience.rollouts))
+    state.kl_controller.update(experience.sequence_kl().mean().item(), len(experience.rollouts))
     return Credit(
         advantages,
         returns,

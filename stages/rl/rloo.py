@@ -12,7 +12,6 @@ from torch import Tensor
 from schemas.rl import RLOOConfig
 from stages.core.advantages import leave_one_out
 from stages.core.losses import clipped_policy_loss, policy_ratio
-from stages.core.masks import masked_sum
 from stages.rl.experience import Credit, Experience, TokenLoss, TrainBatch
 
 
@@ -20,9 +19,7 @@ def credit(experience: Experience, config: RLOOConfig) -> Credit:
     """Reward less the leave-one-out mean, the same for every token (eq. 8)."""
     rewards = experience.rewards.total.to(experience.group_ids.device)
     if config.kl_coef:
-        kl = experience.kl()
-        assert kl is not None
-        rewards = rewards - config.kl_coef * masked_sum(kl, experience.completion_mask, dim=1)
+        rewards = rewards - config.kl_coef * experience.sequence_kl()
     advantages = experience.per_token(leave_one_out(rewards, experience.group_ids))
     return Credit(advantages, kl_coef=config.kl_coef)
 

@@ -10,11 +10,11 @@ from infra import code
 from infra.code import (
     changed_code,
     created_by,
-    file_digest,
     load_function,
     loaded_code,
     source_digest,
 )
+from infra.files import file_digest
 from schemas.base import UserError
 
 PLAIN = """
