@@ -67,8 +67,6 @@ class SupervisedConfig(Frozen):
 class SFTConfig(SupervisedConfig):
     """Supervised fine-tuning on completion tokens."""
 
-    packing: bool = True
-    """Pack several records into one row with block-diagonal attention."""
     lora: LoRAConfig | None = None
     """Train low-rank adapters in place of all the weights."""
 

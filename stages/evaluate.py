@@ -140,7 +140,6 @@ def _sample(
     sequences = Sequences(
         [rollout.prompt_ids for rollout in rollouts],
         [rollout.completion_ids for rollout in rollouts],
-        tokenizer.pad_token_id,
     )
     width = max(len(rollout.completion_ids) for rollout in rollouts)
     # Greedy samples come from the distribution at temperature 1.

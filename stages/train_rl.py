@@ -110,7 +110,6 @@ def _online(
             rewarder,
             prompts,
             config,
-            pad_token_id=tokenizer.pad_token_id,
             decode=partial(decode, tokenizer),
             engine_is_exact=request.rollout.engine == "native",
             seed=request.seed,
@@ -138,16 +137,15 @@ def _offline(
     supervised.refuse_truncation(
         "pairs", num_truncated, len(pairs), config.max_truncated_fraction, config.max_length
     )
-    pad_token_id = tokenizer.pad_token_id
     # Before the first update the policy is the reference; a resumed policy no longer is.
     model = load_policy(store.path(request.policy), policy.device).eval()
-    reference = dpo.reference_logprobs(model, pairs, pad_token_id, config)
+    reference = dpo.reference_logprobs(model, pairs, config)
     del model
     result = supervised.train(
         policy,
         num_records=len(pairs),
         micro_losses=lambda rows: dpo.micro_losses(
-            policy, [pairs[row] for row in rows], reference.select(rows), pad_token_id, config
+            policy, [pairs[row] for row in rows], reference.select(rows), config
         ),
         settings=config,
         seed=request.seed,

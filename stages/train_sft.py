@@ -58,9 +58,7 @@ def run(request: TrainSFTRequest, *, run_dir: Path, tracker: Tracker) -> PolicyC
     result = supervised.train(
         trained,
         num_records=len(examples),
-        micro_losses=lambda indices: micro_losses(
-            trained, [examples[i] for i in indices], tokenizer.pad_token_id, config
-        ),
+        micro_losses=lambda indices: micro_losses(trained, [examples[i] for i in indices], config),
         settings=config,
         seed=request.seed,
         run_dir=run_dir,
@@ -119,22 +117,18 @@ def encode(
 
 
 def micro_losses(
-    model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, config: SFTConfig
+    model: PreTrainedModel, examples: Sequence[Example], config: SFTConfig
 ) -> Iterator[supervised.MicroLoss]:
     """Mean cross entropy over the trainable tokens of the optimizer step, by micro-batch."""
     denominator = sum(sum(example.trainable[1:]) for example in examples)
     lengths = [len(example.input_ids) for example in examples]
     for indices in micro_batches(lengths, config.micro_batch_tokens):
         chosen = [examples[i] for i in indices]
-        batch = pack(
-            [example.input_ids for example in chosen],
-            pad_token_id=pad_token_id,
-            device=model.device,
-            row_length=config.max_length if config.packing else None,
-        )
+        ids = [example.input_ids for example in chosen]
+        batch = pack([[]] * len(ids), ids, device=model.device)
         flat = [
             (start + t - 1, example.input_ids[t])
-            for start, example in zip(batch.starts, chosen, strict=True)
+            for start, example in zip(batch.completion_starts, chosen, strict=True)
             for t in range(1, len(example.input_ids))
             if example.trainable[t]
         ]

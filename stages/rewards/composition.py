@@ -69,7 +69,6 @@ class Rewarder:
         sequences = Sequences(
             [rollout.prompt_ids for rollout in rollouts],
             [rollout.completion_ids for rollout in rollouts],
-            self._tokenizer.pad_token_id,
         )
         components: dict[str, Tensor] = {}
         scores = torch.zeros(len(rollouts))

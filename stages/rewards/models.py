@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from stages.forward import Sequences, scores_at
 from stages.models import load_with_head, to_device
-from stages.packing import micro_batches
 
 
 def load_scorer(folder: Path, kind: str, device: torch.device) -> PreTrainedModel:
@@ -26,7 +25,7 @@ def load_scorer(folder: Path, kind: str, device: torch.device) -> PreTrainedMode
 def outcome_scores(model: PreTrainedModel, sequences: Sequences, max_tokens: int) -> Tensor:
     """The raw score at the last token of each sequence, [_B]."""
     scores = torch.zeros(len(sequences), device=model.device)
-    for indices in micro_batches(sequences.lengths(), max_tokens):
+    for indices in sequences.micro_batches(max_tokens):
         chosen = sequences.select(indices)
         scores[indices] = scores_at(model, chosen, [[n - 1] for n in chosen.lengths()])[:, 0]
     return scores.clone()
@@ -45,8 +44,7 @@ def step_scores(
     """
     scores = [torch.zeros(0, device=model.device) for _ in range(len(sequences))]
     scored = [index for index, ends in enumerate(step_ends) if ends]
-    lengths = sequences.lengths()
-    for batch in micro_batches([lengths[index] for index in scored], max_tokens):
+    for batch in sequences.select(scored).micro_batches(max_tokens):
         indices = [scored[i] for i in batch]
         chosen = sequences.select(indices)
         positions = [

@@ -71,7 +71,6 @@ def train(
     prompts: Sequence[PromptRecord],
     config: OnlineConfig,
     *,
-    pad_token_id: int,
     decode: Callable[[Sequence[int]], str],
     engine_is_exact: bool,
     seed: int,
@@ -100,7 +99,6 @@ def train(
             models.reference if algorithm.needs_reference else None,
             models.critic,
             config=config,
-            pad_token_id=pad_token_id,
             engine_is_exact=engine_is_exact,
         )
         credit = algorithm.credit(experience, step)

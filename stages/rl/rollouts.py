@@ -131,7 +131,6 @@ def make_experience(
     critic: Critic | None,
     *,
     config: OnlineConfig,
-    pad_token_id: int,
     engine_is_exact: bool,
 ) -> Experience:
     """Tensors of a rollout batch.
@@ -144,7 +143,6 @@ def make_experience(
     sequences = Sequences(
         [rollout.prompt_ids for rollout in rollouts],
         [rollout.completion_ids for rollout in rollouts],
-        pad_token_id,
     )
     width = max(len(rollout.completion_ids) for rollout in rollouts)
     mask = _mask(rollouts, width, config.mask_truncated).to(device)

@@ -16,7 +16,6 @@ from stages.core.losses import mismatch_kl, mismatch_weights
 from stages.core.masks import masked_sum
 from stages.forward import completion_outputs, completion_values
 from stages.optimization import Optimizer
-from stages.packing import micro_batches
 from stages.rl.algorithms import OnlineAlgorithm
 from stages.rl.experience import Credit, Experience, TrainBatch
 from stages.shared_critic import Critic, SharedCritic
@@ -216,11 +215,8 @@ def _mini_batches(experience: Experience, config: OnlineConfig, seed: int) -> li
 
 
 def _micro(experience: Experience, rows: Sequence[int], max_tokens: int) -> list[list[int]]:
-    lengths = experience.sequences.lengths()
-    return [
-        [rows[i] for i in indices]
-        for indices in micro_batches([lengths[row] for row in rows], max_tokens)
-    ]
+    batches = experience.sequences.select(rows).micro_batches(max_tokens)
+    return [[rows[i] for i in indices] for indices in batches]
 
 
 def _check_mismatch(observed: float, config: OnlineConfig) -> None:

@@ -146,7 +146,6 @@ def train(
             rewarder(tokenizer, folder),
             prompts(tokenizer),
             config.online,
-            pad_token_id=tokenizer.pad_token_id,
             decode=partial(decode, tokenizer),
             engine_is_exact=True,
             seed=3,
