@@ -138,7 +138,8 @@ def _fused_block(block: Block, q: Tensor, k: Tensor, v: Tensor, scale: float) ->
 class _PackedAttention(torch.autograd.Function):
     """Matrix products a tile at a time; the backward pass computes the probabilities again.
 
-    Memory beyond inputs and outputs is that of one tile. Softmax is in float32.
+    Memory beyond inputs and outputs is that of one tile. Sums are in float32 (float64 where the
+    inputs are).
     """
 
     @staticmethod
@@ -149,9 +150,9 @@ class _PackedAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             for block in layout.blocks:
                 states = _BlockStates.gather(block, q, k, v)
-                output = torch.empty_like(states.q)
+                output = states.empty()
                 for tile in states.tiles():
-                    probabilities = _probabilities(tile, scale).to(q.dtype)
+                    probabilities = _probabilities(tile, scale)
                     output[tile.groups, :, :, :, tile.queries] = tile.mix(probabilities)
                 outputs.append(states.rows(output))
         return torch.cat(outputs).index_select(0, layout.restore)
@@ -269,6 +270,12 @@ class _BlockStates:
         shape = (num_groups, branches, length, key_heads, heads, dim)
         return rows.view(shape).permute(0, 3, 1, 4, 2, 5)
 
+    def empty(self) -> Tensor:
+        """In the shape of q, but in memory as `rows` gives it."""
+        num_groups, key_heads, branches, heads, length, dim = self.q.shape
+        shape = (num_groups, branches, length, key_heads, heads, dim)
+        return self.q.new_empty(shape).permute(0, 3, 1, 4, 2, 5)
+
     def rows(self, states: Tensor) -> Tensor:
         """Back from the shape of q, or of k, to [rows of the block, heads, dim]."""
         if states.dim() == self.q.dim():
@@ -311,18 +318,16 @@ class _BlockGradients:
 
 def _block_gradients(states: _BlockStates, grad: Tensor, scale: float) -> _BlockGradients:
     dtype = states.q.dtype
-    dq = torch.empty(states.q.shape, dtype=dtype, device=grad.device)
-    dk, dv = (torch.zeros_like(x, dtype=_wide(dtype)) for x in (states.k, states.v))
+    wide = torch.promote_types(dtype, torch.float32)
+    dq = states.empty()
+    dk, dv = (torch.zeros_like(x, dtype=wide) for x in (states.k, states.v))
     prefixes = [x for x in (states.prefix_k, states.prefix_v) if x is not None]
-    seen = [torch.zeros_like(x, dtype=_wide(dtype)) for x in prefixes]
+    seen = [torch.zeros_like(x, dtype=wide) for x in prefixes]
     for tile in states.tiles():
         upstream = grad[tile.groups, :, :, :, tile.queries].reshape(tile.q.shape)
         weights = _probabilities(tile, scale)
-        d_weights = tile.products(upstream, tile.v, tile.prefix_v, 1.0).to(_wide(dtype))
-        d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(
-            dtype
-        )
-        weights = weights.to(dtype)
+        d_weights = tile.products(upstream, tile.v, tile.prefix_v, 1.0)
+        d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, dtype)
         columns = slice(0, tile.queries.stop)
         own, d_own = weights, d_scores
         if tile.prefix_k is not None:
@@ -351,7 +356,10 @@ def _block_gradients(states: _BlockStates, grad: Tensor, scale: float) -> _Block
 
 
 def _probabilities(tile: _Tile, scale: float) -> Tensor:
-    """Softmax over what each query sees, float32, [_R, _M, _P + _S]."""
+    """Softmax over what each query sees, [_R, _M, _P + _S].
+
+    The kernel takes bfloat16 in and out and sums in float32.
+    """
     scores = tile.products(tile.q, tile.k, tile.prefix_k, scale)
     chunk = tile.shape[4]
     table = scores.view(-1, chunk, scores.shape[-1])
@@ -361,12 +369,7 @@ def _probabilities(tile: _Tile, scale: float) -> Tensor:
         hidden = tile.prefix_padding[:, None, None, :]
         by_group = scores.view(len(tile.prefix_padding), -1, *scores.shape[1:])
         by_group[..., : hidden.shape[-1]].masked_fill_(hidden, -math.inf)
-    return scores.softmax(dim=-1, dtype=_wide(scores.dtype))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What probabilities and sums are held in."""
-    return torch.promote_types(dtype, torch.float32)
+    return scores.softmax(dim=-1)
 
 
 def _gathered(states: Tensor, index: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 from schemas.base import UserError
 from stages.attention import no_mask, use_packed_attention
-from stages.core.logprobs import chunked_token_logprobs
+from stages.core.logprobs import chunked_token_logprobs, weighted_logprob_sum
 from stages.models import head_of
 from stages.packing import PackedBatch, micro_batches, pack
+from stages.precision import compute_dtype
 from stages.shared_critic import Critic, SharedCritic
 
-# Logits held at once, as elements of [chunk, vocabulary]: 16 MiB in fp32.
-_LOGIT_ELEMENTS = 2**22
+# Logits held at once, as elements of [chunk, vocabulary]: 128 MiB in fp32.
+_LOGIT_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,38 @@ def logprobs_at(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of targets [_N] predicted at flat positions [_N], and entropies [_N]."""
     head = model.get_output_embeddings()
-    vocabulary = head.weight.shape[0]
     return chunked_token_logprobs(
-        hidden.index_select(0, positions),
+        hidden.index_select(0, positions).to(compute_dtype(model)),
         head.weight,
         targets,
         temperature=temperature,
-        chunk_size=max(_LOGIT_ELEMENTS // vocabulary, 1),
+        chunk_size=_chunk_size(head.weight),
         bias=getattr(head, "bias", None),
     )
+
+
+def weighted_logprobs_at(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of token_weights [_N] times `logprobs_at`, which alone is differentiable; see
+    `weighted_logprob_sum`."""
+    head = model.get_output_embeddings()
+    return weighted_logprob_sum(
+        hidden.index_select(0, positions).to(compute_dtype(model)),
+        head.weight,
+        targets,
+        token_weights,
+        chunk_size=_chunk_size(head.weight),
+        bias=getattr(head, "bias", None),
+    )
+
+
+def _chunk_size(weight: Tensor) -> int:
+    return max(_LOGIT_ELEMENTS // weight.shape[0], 1)
 
 
 def completion_logprobs(

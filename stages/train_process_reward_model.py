@@ -25,6 +25,7 @@ from stages.data.records import read_datasets
 from stages.forward import Sequences, scores_at
 from stages.models import load_tokenizer, load_with_head, num_parameters, save_model, to_device
 from stages.packing import micro_batches
+from stages.precision import use_precision
 from stages.provenance import provenance
 from stages.tokenization import labelled_step_ends
 
@@ -66,9 +67,9 @@ def run(
         config.max_truncated_fraction,
         config.max_length,
     )
-    model = to_device(
-        load_with_head(folder, "process", request.seed), resolve_device(request.runtime.device)
-    )
+    device = resolve_device(request.runtime.device)
+    model = to_device(load_with_head(folder, "process", request.seed), device)
+    use_precision(model, config.precision)
     result = supervised.train(
         model,
         num_records=len(examples),

@@ -26,6 +26,7 @@ from stages.models import (
     save_model,
     to_device,
 )
+from stages.precision import use_precision
 from stages.provenance import provenance
 from stages.rewards.composition import build_rewarder
 from stages.rl import dpo, online
@@ -44,7 +45,9 @@ def run(request: TrainRLRequest, *, run_dir: Path, tracker: Tracker) -> PolicyCh
     folder = store.path(request.policy)
     device = resolve_device(request.runtime.device)
     tokenizer = load_tokenizer(folder)
-    policy = load_policy(folder, device)
+    settings = request.config.dpo if request.config.algorithm == "dpo" else request.config.online
+    assert settings is not None
+    policy = use_precision(load_policy(folder, device), settings.precision)
     if request.config.algorithm == "dpo":
         num_steps, metrics, audit = _offline(request, policy, tokenizer, run_dir, tracker)
     else:
@@ -76,12 +79,14 @@ def _online(
     store = Store(request.runtime.store)
     folder = store.path(request.policy)
     algorithm = online_algorithm(request.config)
-    reference = load_policy(folder, policy.device).eval().requires_grad_(False)
+    reference = use_precision(load_policy(folder, policy.device), config.precision)
+    reference.eval().requires_grad_(False)
     critic: Critic | None = None
     if algorithm.critic is not None and algorithm.critic.shared_weight is not None:
         critic = SharedCritic(policy)
     elif algorithm.critic is not None:
         critic = to_device(load_with_head(folder, "value", request.seed), policy.device)
+        use_precision(critic, config.precision)
     engine = build_engine(
         request.rollout,
         model=policy,
@@ -98,6 +103,7 @@ def _online(
         process=request.process_reward_model,
         step_separator=request.step_separator,
         max_tokens=config.micro_batch_tokens,
+        precision=config.precision,
         device=policy.device,
     )
     prompts = encode_prompts(read_records(store.path(request.prompts)), tokenizer)
@@ -111,7 +117,7 @@ def _online(
             prompts,
             config,
             decode=partial(decode, tokenizer),
-            engine_is_exact=request.rollout.engine == "native",
+            engine_is_exact=request.rollout.engine == "native" and config.precision == "float32",
             seed=request.seed,
             run_dir=run_dir,
             tracker=tracker,
@@ -139,6 +145,7 @@ def _offline(
     )
     # Before the first update the policy is the reference; a resumed policy no longer is.
     model = load_policy(store.path(request.policy), policy.device).eval()
+    use_precision(model, config.precision)
     reference = dpo.reference_logprobs(model, pairs, config)
     del model
     result = supervised.train(

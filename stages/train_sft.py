@@ -20,9 +20,10 @@ from schemas.requests import TrainSFTRequest
 from schemas.training import LoRAConfig, SFTConfig
 from stages import supervised
 from stages.data.records import read_records
-from stages.forward import hidden_states, logprobs_at
+from stages.forward import hidden_states, weighted_logprobs_at
 from stages.models import load_base, max_positions, num_parameters, save_model, to_device
 from stages.packing import micro_batches, pack
+from stages.precision import use_precision
 from stages.provenance import provenance
 from stages.tokenization import encode_messages, encode_pair
 
@@ -54,6 +55,7 @@ def run(request: TrainSFTRequest, *, run_dir: Path, tracker: Tracker) -> PolicyC
     records = read_records(store.path(request.demonstrations))
     examples, num_truncated = encode(records, tokenizer, config)
     to_device(model, resolve_device(request.runtime.device))
+    use_precision(model, config.precision)
     trained = _with_adapters(model, config.lora, request.seed) if config.lora else model
     result = supervised.train(
         trained,
@@ -134,12 +136,10 @@ def micro_losses(
         ]
         index = torch.tensor(flat, dtype=torch.long, device=model.device)
         causal = _inner(model) if config.lora else model
-        logprobs, entropy = logprobs_at(
-            causal, hidden_states(causal, batch), index[:, 0], index[:, 1]
-        )
-        yield supervised.MicroLoss(
-            -logprobs.sum() / denominator, {"entropy": entropy.sum().item() / denominator}
-        )
+        hidden = hidden_states(causal, batch)
+        weights = torch.full((len(flat),), -1 / denominator, device=model.device)
+        loss, _, entropy = weighted_logprobs_at(causal, hidden, index[:, 0], index[:, 1], weights)
+        yield supervised.MicroLoss(loss, {"entropy": entropy.sum().item() / denominator})
 
 
 def _example(record: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> Example:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from infra.store import Store
 from schemas.artifacts import ModelContract, RewardModelCheckpoint
 from schemas.rewards import RewardConfig
+from schemas.training import Precision
 from stages.core.shaping import aggregate_steps, potential_based
 from stages.forward import Sequences
 from stages.models import check_contract
@@ -127,6 +128,7 @@ def build_rewarder(
     process: RewardModelCheckpoint | None,
     step_separator: str,
     max_tokens: int,
+    precision: Precision,
     device: torch.device,
 ) -> Rewarder:
     """Load what the configuration names. Raises UserError where a model does not fit the policy."""
@@ -135,7 +137,7 @@ def build_rewarder(
         if getattr(config, name) is not None:
             assert checkpoint is not None and checkpoint.kind == name
             check_contract("the policy", contract, f"the {name} reward model", checkpoint.contract)
-            loaded[name] = load_scorer(store.path(checkpoint), name, device)
+            loaded[name] = load_scorer(store.path(checkpoint), name, device, precision)
     return Rewarder(
         config,
         tokenizer,

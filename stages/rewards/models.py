@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from schemas.training import Precision
 from stages.forward import Sequences, scores_at
 from stages.models import load_with_head, to_device
+from stages.precision import use_precision
 
 
-def load_scorer(folder: Path, kind: str, device: torch.device) -> PreTrainedModel:
+def load_scorer(
+    folder: Path, kind: str, device: torch.device, precision: Precision
+) -> PreTrainedModel:
     """A frozen reward model; kind is `outcome` or `process`."""
-    model = to_device(load_with_head(folder, kind), device)
+    model = use_precision(to_device(load_with_head(folder, kind), device), precision)
     model.eval()
     model.requires_grad_(False)
     return model

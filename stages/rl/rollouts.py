@@ -136,7 +136,9 @@ def make_experience(
     """Tensors of a rollout batch.
 
     engine_is_exact: the engine samples from the trainer's own weights and its log-probabilities
-    are the policy's, so no second pass is made for `old_logprobs`.
+    are the policy's, so no second pass is made for `old_logprobs`. Nor is one where a batch makes
+    a single optimizer step: `update` takes them from that step's own pass, and until then those
+    of the engine stand for them.
     """
     rollouts = found.rollouts
     device = policy.device
@@ -148,7 +150,7 @@ def make_experience(
     mask = _mask(rollouts, width, config.mask_truncated).to(device)
     rollout_logprobs = _padded([rollout.rollout_logprobs for rollout in rollouts], width).to(device)
     temperature, max_tokens = config.sampling.temperature, config.micro_batch_tokens
-    if engine_is_exact:
+    if engine_is_exact or single_update(config):
         old_logprobs = rollout_logprobs
     else:
         old_logprobs = all_completion_logprobs(policy, sequences, width, max_tokens, temperature)
@@ -171,6 +173,11 @@ def make_experience(
         values=values,
         values_after=values_after,
     )
+
+
+def single_update(config: OnlineConfig) -> bool:
+    """Whether a rollout batch makes one optimizer step, so that all of it is on policy."""
+    return config.num_epochs * config.num_mini_batches == 1
 
 
 def _mask(rollouts: Sequence[Rollout], width: int, mask_truncated: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from stages.forward import completion_outputs, completion_values
 from stages.optimization import Optimizer
 from stages.rl.algorithms import OnlineAlgorithm
 from stages.rl.experience import Credit, Experience, TrainBatch
+from stages.rl.rollouts import single_update
 from stages.shared_critic import Critic, SharedCritic
 
 _NO_CRITIC_LOSS = {"critic/loss": 0.0, "critic/clip_fraction": 0.0}
@@ -118,6 +119,8 @@ def _policy_gradient(
             experience.width,
             config.sampling.temperature,
         )
+        if not engine_is_exact and single_update(config):
+            micro = replace(micro, old_logprobs=logprobs.detach())
         token_loss = algorithm.loss(logprobs, micro)
         per_token = token_loss.per_token
         if not engine_is_exact:
