@@ -432,6 +432,25 @@ def test_every_reference_inside_the_manifests_is_kept() -> None:
                 assert reference is None or reference["key"] in keys[reference["name"]]
 
 
+@needs_kubectl
+def test_the_standalone_overlay_changes_the_addresses_that_are_read() -> None:
+    base, whole = (
+        next(
+            one["data"]
+            for one in kustomized(folder)
+            if one["kind"] == "ConfigMap" and one["metadata"]["name"].startswith("addresses")
+        )
+        for folder in ("base", "standalone")
+    )
+    assert base.keys() == whole.keys()
+    assert {name for name in base if base[name] != whole[name]} == {"artifacts"}
+    (mlflow_pod,) = (pod for name, pod in pods(kustomized("standalone")) if name == "mlflow")
+    (server,) = mlflow_pod["containers"]
+    assert whole["artifacts"] in {one["mountPath"] for one in server["volumeMounts"]}
+    services = {one["metadata"]["name"] for one in manifests() if one["kind"] == "Service"}
+    assert whole["database-host"] in services
+
+
 # The GPU pool's base job template
 
 

@@ -169,6 +169,13 @@ def test_mlflow_answers_to_its_names_only(stack: Stack) -> None:
         fetch(url, {"host": "evil.example"})
 
 
+def test_mlflow_answers_a_probe_by_the_address_of_its_pod(stack: Stack) -> None:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+        urllib.request.Request(f"{stack.url('mlflow')}/health", headers={"host": "10.1.2.3:5000"})
+    ) as response:
+        assert response.read() == b"OK"
+
+
 def test_mlflow_starts_no_job_runner(stack: Stack) -> None:
     family = [" ".join(one.cmdline()) for one in stack.processes_of("mlflow")]
     assert 1 <= len(family) <= 5
