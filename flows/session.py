@@ -204,6 +204,7 @@ class Session:
                     store=self.store,
                     on_line=on_line,
                     timeout=self.config.compute.stage_timeout,
+                    hang_timeout=self.config.compute.hang_timeout,
                     env={},
                 )
         artifact = outcome.artifact

@@ -17,7 +17,7 @@ from infra.tracking import FileTracker, Tracker
 from schemas.artifacts import AnyArtifact
 from schemas.base import UserError
 from schemas.requests import AnyRequest, request_adapter
-from stages import termination
+from stages import heartbeat, termination
 
 logger = logging.getLogger("posttrain")
 
@@ -37,6 +37,7 @@ def main() -> int:
     """Exit code 0 for a finished stage, 2 for a user's error, 75 when asked to stop, else 1."""
     die_with_parent()
     work_dir = Path(sys.argv[1])
+    heartbeat.install(work_dir)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     request = request_adapter.validate_json((work_dir / "request.json").read_bytes())

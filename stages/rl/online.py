@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from infra.tracking import Tracker
+from schemas.base import UserError
 from schemas.rl import OnlineConfig
-from stages import termination
-from stages.checkpoint import Checkpoints
+from stages import heartbeat, termination
+from stages.checkpoint import Checkpoint, Checkpoints
 from stages.core.kl import kl_k1
 from stages.core.masks import masked_sum
 from stages.optimization import Optimizer
+from stages.resumption import data_cursor, go_back, refuse_ruined, regular_step, say_resumed
 from stages.rewards.composition import Rewarder
 from stages.rl.algorithms import OnlineAlgorithm
 from stages.rl.experience import CreditMode, Experience
 from stages.rl.guards import Guards, refuse_truncation
+from stages.rl.held_out import HeldOutProbe
 from stages.rl.rollouts import (
     PromptRecord,
     PromptStream,
@@ -34,6 +37,7 @@ from stages.rl.traces import Traces, after_update, reference_logprobs
 from stages.rl.update import Learner, update
 from stages.rollout.types import RolloutEngine
 from stages.shared_critic import Critic
+from stages.stability import Stability, Unstable
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,50 @@ class OnlineResult:
     resumed_from_step: int | None
     metrics: dict[str, float]
     """Metrics of the last step."""
+    interventions: list[dict[str, Any]]
+    """Steps that were left out or taken back, and why."""
+    checks: list[dict[str, Any]]
+    """Held-out accuracy by step, where it was looked at."""
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint keeps beside weights, moments and random numbers."""
+
+    algorithm: OnlineAlgorithm
+    stream: PromptStream
+    guards: Guards
+    stability: Stability
+    probe: HeldOutProbe
+    step: int = 0
+    """Steps that are done."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON state."""
+        return {
+            "metrics": self.metrics,
+            "position": self.stream.position,
+            "algorithm": self.algorithm.state_dict(),
+            "flat_fractions": self.guards.flat_fractions,
+            "stability": self.stability.state_dict(),
+            "checks": self.probe.checks,
+        }
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Stand where an earlier attempt stood."""
+        self.go_back(checkpoint)
+        self.stream.position = checkpoint.extra["position"]
+        self.stability.load_state_dict(checkpoint.extra["stability"])
+
+    def go_back(self, checkpoint: Checkpoint) -> None:
+        """Stand where a checkpoint stands; the data cursor and the decisions stay."""
+        self.step = checkpoint.step
+        self.metrics = dict(checkpoint.extra["metrics"])
+        self.algorithm.load_state_dict(checkpoint.extra["algorithm"])
+        self.guards.flat_fractions = list(checkpoint.extra["flat_fractions"])
+        self.stability.go_back(checkpoint.extra["stability"])
+        self.probe.checks = list(checkpoint.extra["checks"])
 
 
 def train(
@@ -69,6 +117,7 @@ def train(
     engine: RolloutEngine,
     rewarder: Rewarder,
     prompts: Sequence[PromptRecord],
+    held_out: Sequence[PromptRecord],
     config: OnlineConfig,
     *,
     pad_token_id: int,
@@ -78,72 +127,132 @@ def train(
     run_dir: Path,
     tracker: Tracker,
 ) -> OnlineResult:
-    """Train the policy in place, with checkpoints, resuming where an earlier attempt stopped."""
+    """Train the policy in place, with checkpoints, resuming where an earlier attempt stopped.
+
+    held_out: prompts of the probe, which are never trained on; see `split_held_out`.
+    Raises UserError where there is no prompt, and where a guard or `config.stability` says so.
+    """
+    if not prompts:
+        raise UserError("rl.online has no prompt to sample from and would run zero steps: add data")
     learner = _learner(models, algorithm, config)
     stream = PromptStream(prompts, seed)
     sampler = Sampler(engine, rewarder, stream, config, algorithm.dynamic_sampling_rounds)
     checkpoints = _checkpoints(run_dir, learner)
     guards = Guards(config, compares_groups=algorithm.critic is None)
+    stability = Stability(config.stability, "rl.online.stability")
+    probe = HeldOutProbe(engine, rewarder, held_out, config)
+    progress = _Progress(algorithm, stream, guards, stability, probe)
     traces = Traces(run_dir / "traces", config, decode)
     torch.manual_seed(seed)
-    start, metrics = _resume(checkpoints, algorithm, stream, guards, tracker, config)
-    traces.rewind(start or 0)
-    for step in range(start or 0, config.num_steps):
+    checkpoint = checkpoints.resume()
+    if checkpoint is not None:
+        progress.resume(checkpoint)
+        tracker.resume(progress.step)
+        cursor = data_cursor(stream.position, len(prompts), "prompt")
+        say_resumed(checkpoint, config.num_steps, cursor)
+    elif config.stability.rewinds:
+        checkpoints.save(0, progress.state_dict())
+    traces.rewind(progress.step)
+    while progress.step < config.num_steps:
+        step, done = progress.step, progress.step + 1
+        regular = done == config.num_steps or done == regular_step(done, config.checkpoint_every)
         engine.update_weights(models.policy, step)
+        if probe.due(step):
+            probe.look(step)
+            if probe.best_step == step:
+                checkpoints.save(step, progress.state_dict(), _keep(step, probe, config))
         # Seeds of different steps must not meet, whatever rounds and epochs add to them.
         step_seed = (seed * 1_000_003 + step) * 1_009
+        heartbeat.beat(f"sampling for step {done} of {config.num_steps}")
         found = sampler.sample(step_seed)
         refuse_truncation(found, config)
-        experience = make_experience(
-            found,
-            models.policy,
-            models.reference if algorithm.needs_reference else None,
-            models.critic,
-            config=config,
-            pad_token_id=pad_token_id,
-            engine_is_exact=engine_is_exact,
-        )
-        credit = algorithm.credit(experience, step)
-        warming_up = algorithm.critic is not None and step < algorithm.critic.warmup_steps
-        metrics = (
-            _batch_metrics(found, experience, config)
-            | {"kl/mean": _kl_to_reference(experience, models.reference, config)}
-            | credit.metrics
-            | {"credit/mode": _MODES[credit.mode]}
-            | update(
-                learner,
-                experience,
-                credit,
-                algorithm,
-                config,
-                seed=step_seed,
-                train_policy=not warming_up,
+        try:
+            probe.check(step, found.rewards.total.mean().item())
+            experience = make_experience(
+                found,
+                models.policy,
+                models.reference if algorithm.needs_reference else None,
+                models.critic,
+                config=config,
+                pad_token_id=pad_token_id,
                 engine_is_exact=engine_is_exact,
             )
-        )
-        done = step + 1
-        if traces.due(step):
-            rows = traces.traced_rows(experience)
-            after = after_update(models.policy, experience, credit, algorithm, config, rows)
-            ref_logprobs = reference_logprobs(models.reference, experience, config, rows)
-            traces.write(done, experience, credit, after, ref_logprobs, metrics)
-        tracker.log_metrics(metrics, done)
-        logger.info("step %d/%d  %s", done, config.num_steps, _summary(metrics))
-        guards.check(metrics)
-        stopping = termination.requested()
-        if done % config.checkpoint_every == 0 or done == config.num_steps or stopping:
-            checkpoints.save(
-                done,
-                {
-                    "metrics": metrics,
-                    "position": stream.position,
-                    "algorithm": algorithm.state_dict(),
-                    "flat_fractions": guards.flat_fractions,
-                },
+            credit = algorithm.credit(experience, step)
+            warming_up = algorithm.critic is not None and step < algorithm.critic.warmup_steps
+            metrics = (
+                _batch_metrics(found, experience, config)
+                | {"kl/mean": _kl_to_reference(experience, models.reference, config)}
+                | probe.metrics(step)
+                | credit.metrics
+                | {"credit/mode": _MODES[credit.mode]}
+                | update(
+                    learner,
+                    experience,
+                    credit,
+                    algorithm,
+                    config,
+                    seed=step_seed,
+                    train_policy=not warming_up,
+                    engine_is_exact=engine_is_exact,
+                    stability=stability,
+                    step=done,
+                    record_ids=stream.record_ids,
+                )
+                | stability.metrics()
             )
+            if traces.due(step):
+                rows = traces.traced_rows(experience)
+                after = after_update(models.policy, experience, credit, algorithm, config, rows)
+                ref_logprobs = reference_logprobs(models.reference, experience, config, rows)
+                traces.write(done, experience, credit, after, ref_logprobs, metrics)
+            tracker.log_metrics(metrics, done)
+            logger.info("step %d/%d  %s", done, config.num_steps, _summary(metrics))
+            guards.check(metrics)
+            if regular:
+                refuse_ruined(checkpoints)
+        except Unstable as problem:
+            records = problem.records or stream.record_ids(found.rollouts)
+            stability.intervene(problem, step=done, records=records)
+            target = regular_step(step, config.checkpoint_every)
+            if problem.case == "held_out" and probe.best_step is not None:
+                target = probe.best_step
+            progress.go_back(go_back(checkpoints, target))
+            stability.rewound(done, progress.step, problem, records)
+            tracker.rewind(progress.step)
+            traces.rewind(progress.step)
+            checkpoints.save(
+                progress.step, progress.state_dict(), _keep(progress.step, probe, config)
+            )
+            continue
+        progress.step, progress.metrics = done, metrics
+        stopping = termination.requested()
+        if regular or (stopping and checkpoints.ruined() is None):
+            checkpoints.save(done, progress.state_dict(), _keep(done, probe, config))
         if stopping and done < config.num_steps:
             raise termination.Terminated(f"stopped after step {done} of {config.num_steps}")
-    return OnlineResult(config.num_steps, start, metrics)
+    _refuse_nothing_learned(stability, config)
+    return OnlineResult(
+        config.num_steps,
+        checkpoint.step if checkpoint else None,
+        progress.metrics,
+        stability.interventions,
+        probe.checks,
+    )
+
+
+def _keep(step: int, probe: HeldOutProbe, config: OnlineConfig) -> list[int]:
+    """Checkpoints that training may have to go back to from `step`."""
+    kept = [regular_step(step, config.checkpoint_every)]
+    return kept if probe.best_step is None else [*kept, probe.best_step]
+
+
+def _refuse_nothing_learned(stability: Stability, config: OnlineConfig) -> None:
+    total = config.num_steps * config.num_epochs * config.num_mini_batches
+    if stability.metrics().get("stability/num_skipped", 0.0) >= total:
+        raise UserError(
+            f"each of the {total} optimizer steps of rl.online was left out, so nothing was "
+            "learned: look at the rewards, or lower the learning rate"
+        )
 
 
 def _learner(models: Models, algorithm: OnlineAlgorithm, config: OnlineConfig) -> Learner:
@@ -173,30 +282,6 @@ def _checkpoints(run_dir: Path, learner: Learner) -> Checkpoints:
         models["critic"] = learner.critic
         optimizers["critic"] = learner.critic_optimizer
     return Checkpoints(run_dir / "checkpoints", models, optimizers)
-
-
-def _resume(
-    checkpoints: Checkpoints,
-    algorithm: OnlineAlgorithm,
-    stream: PromptStream,
-    guards: Guards,
-    tracker: Tracker,
-    config: OnlineConfig,
-) -> tuple[int | None, dict[str, float]]:
-    checkpoint = checkpoints.resume()
-    if checkpoint is None:
-        return None, {}
-    algorithm.load_state_dict(checkpoint.extra["algorithm"])
-    stream.position = checkpoint.extra["position"]
-    guards.flat_fractions = checkpoint.extra["flat_fractions"]
-    tracker.rewind(checkpoint.step)
-    logger.info(
-        "resuming at step %d of %d (prompt %d of the data order)",
-        checkpoint.step,
-        config.num_steps,
-        stream.position,
-    )
-    return checkpoint.step, checkpoint.extra["metrics"]
 
 
 def _batch_metrics(
