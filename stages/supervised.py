@@ -125,8 +125,10 @@ def train(
         progress.resume(checkpoint)
         tracker.resume(progress.step)
         say_resumed(checkpoint, num_steps, data_cursor(progress.position, num_records))
-    elif settings.stability.rewinds:
-        checkpoints.save(0, progress.state_dict())
+    else:
+        tracker.rewind(0)
+        if settings.stability.rewinds:
+            checkpoints.save(0, progress.state_dict())
     model.train()
     while progress.step < num_steps:
         indices = records_at(progress.position, settings.batch_size, num_records, seed)

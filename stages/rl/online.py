@@ -150,8 +150,10 @@ def train(
         tracker.resume(progress.step)
         cursor = data_cursor(stream.position, len(prompts), "prompt")
         say_resumed(checkpoint, config.num_steps, cursor)
-    elif config.stability.rewinds:
-        checkpoints.save(0, progress.state_dict())
+    else:
+        tracker.rewind(0)
+        if config.stability.rewinds:
+            checkpoints.save(0, progress.state_dict())
     traces.rewind(progress.step)
     while progress.step < config.num_steps:
         step, done = progress.step, progress.step + 1
