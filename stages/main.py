@@ -46,6 +46,7 @@ def main() -> int:
     tracker = FileTracker(work_dir / "metrics.jsonl")
     try:
         artifact = run_stage(request, run_dir=work_dir, tracker=tracker)
+        heartbeat.beat("publishing the artifact")
         Store(request.runtime.store).publish(request.fingerprint, artifact)
     except termination.Terminated as stopped:
         logger.info("%s", stopped)

@@ -18,7 +18,7 @@ from schemas.artifacts import RewardModelCheckpoint
 from schemas.base import UserError
 from schemas.requests import TrainProcessRewardModelRequest
 from schemas.training import ProcessRewardModelConfig
-from stages import supervised
+from stages import heartbeat, supervised
 from stages.core.losses import step_cross_entropy
 from stages.core.metrics import expected_calibration_error, first_error_f1
 from stages.data.records import read_datasets
@@ -184,6 +184,7 @@ def evaluate(
     probabilities: list[Tensor] = [torch.empty(0)] * len(examples)
     lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
     for indices in micro_batches(lengths, max_tokens):
+        heartbeat.beat(f"evaluating on {len(examples)} held-out step records")
         chosen = [examples[i] for i in indices]
         right = step_logits(model, chosen, pad_token_id).softmax(-1)[:, 1].cpu()
         sizes = [len(example.labels) for example in chosen]

@@ -17,7 +17,7 @@ from infra.tracking import Tracker
 from schemas.artifacts import RewardModelCheckpoint
 from schemas.requests import TrainRewardModelRequest
 from schemas.training import RewardModelConfig
-from stages import supervised
+from stages import heartbeat, supervised
 from stages.core.losses import bradley_terry_loss
 from stages.core.metrics import expected_calibration_error
 from stages.data.records import read_datasets
@@ -151,6 +151,7 @@ def evaluate(
     gaps = torch.zeros(len(pairs))
     scores: list[Tensor] = []
     for indices in micro_batches([pair.length() for pair in pairs], max_tokens // 2):
+        heartbeat.beat(f"evaluating on {len(pairs)} held-out pairs")
         chosen, rejected = score_pairs(model, [pairs[i] for i in indices], pad_token_id)
         gaps[indices] = (chosen - rejected).cpu()
         scores += [chosen.cpu(), rejected.cpu()]
