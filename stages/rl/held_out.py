@@ -18,6 +18,9 @@ from stages.stability import Unstable
 
 logger = logging.getLogger(__name__)
 
+_ROUNDING = 1e-9
+"""A drop of exactly `min_drop` does not count, whatever the last bits of a difference say."""
+
 
 def split_held_out(
     prompts: Sequence[PromptRecord], config: HeldOutConfig | None
@@ -59,8 +62,8 @@ class HeldOutProbe:
         held_out = self.config.stability.held_out
         return held_out is not None and step % held_out.every == 0 and not self._looked_at(step)
 
-    def look(self, step: int) -> bool:
-        """Measure the accuracy, greedily. Returns whether it is the best so far."""
+    def look(self, step: int) -> None:
+        """Measure the accuracy, greedily."""
         heartbeat.beat(f"answering {len(self.prompts)} held-out prompts after step {step}")
         rollouts = self.engine.generate(
             [prompt.prompt_ids for prompt in self.prompts],
@@ -69,11 +72,9 @@ class HeldOutProbe:
             seed=0,
         )
         found = self.rewarder.verify(rollouts, [prompt.record for prompt in self.prompts])
-        accuracy = (found == 1.0).float().mean().item()
-        is_best = all(accuracy >= check["accuracy"] for check in self.checks)
+        accuracy = int((found == 1.0).sum()) / len(self.prompts)
         self.checks.append({"step": step, "accuracy": accuracy, "reward": None})
         logger.info("held-out accuracy after step %d: %.3f", step, accuracy)
-        return is_best
 
     def metrics(self, step: int) -> dict[str, float]:
         """The accuracy, if the weights after `step` steps were looked at."""
@@ -90,7 +91,8 @@ class HeldOutProbe:
         self.checks[-1]["reward"] = reward
         best, recent = self.best, self.checks[-held_out.patience :]
         reward_now = sum(check["reward"] for check in recent) / len(recent)
-        fallen = all(check["accuracy"] < best["accuracy"] - held_out.min_drop for check in recent)
+        drop = held_out.min_drop + _ROUNDING
+        fallen = all(best["accuracy"] - check["accuracy"] > drop for check in recent)
         if len(recent) == held_out.patience and fallen and reward_now > best["reward"]:
             raise Unstable(
                 "held_out",

@@ -215,10 +215,7 @@ def train(
         except Unstable as problem:
             records = problem.records or stream.record_ids(found.rollouts)
             stability.intervene(problem, step=done, records=records)
-            target = regular_step(step, config.checkpoint_every)
-            if problem.case == "held_out" and probe.best_step is not None:
-                target = probe.best_step
-            progress.go_back(go_back(checkpoints, target))
+            progress.go_back(go_back(checkpoints, _target(problem, step, probe, config)))
             stability.rewound(done, progress.step, problem, records)
             tracker.rewind(progress.step)
             traces.rewind(progress.step)
@@ -242,9 +239,20 @@ def train(
     )
 
 
+def _target(problem: Unstable, step: int, probe: HeldOutProbe, config: OnlineConfig) -> int:
+    """Step that training goes back to from a problem that was met after `step` steps."""
+    if problem.case == "held_out":
+        assert probe.best_step is not None
+        return probe.best_step
+    if problem.case in ("kl", "entropy"):
+        # Measured on the weights that the step began with: their own checkpoint is no good either.
+        step = max(step - 1, 0)
+    return regular_step(step, config.checkpoint_every)
+
+
 def _keep(step: int, probe: HeldOutProbe, config: OnlineConfig) -> list[int]:
-    """Checkpoints that training may have to go back to from `step`."""
-    kept = [regular_step(step, config.checkpoint_every)]
+    """Checkpoints that training may have to go back to from `step` on."""
+    kept = [regular_step(one, config.checkpoint_every) for one in (step, max(step - 1, 0))]
     return kept if probe.best_step is None else [*kept, probe.best_step]
 
 
