@@ -145,9 +145,9 @@ def train(
             optimizer.clear()
             records = [record_ids[index] for index in indices]
             if stability.intervene(problem, step=done, records=records) == "rewind":
+                progress.position += settings.batch_size
                 target = regular_step(progress.step, settings.checkpoint_every)
                 progress.go_back(go_back(checkpoints, target))
-                progress.position += settings.batch_size
                 stability.rewound(done, progress.step, problem, records)
                 tracker.rewind(progress.step)
                 checkpoints.save(progress.step, progress.state_dict())

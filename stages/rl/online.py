@@ -111,6 +111,24 @@ class _Progress:
         self.probe.checks = list(checkpoint.extra["checks"])
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What the steps of the loop work with."""
+
+    models: Models
+    algorithm: OnlineAlgorithm
+    config: OnlineConfig
+    learner: Learner
+    stream: PromptStream
+    sampler: Sampler
+    probe: HeldOutProbe
+    stability: Stability
+    checkpoints: Checkpoints
+    traces: Traces
+    pad_token_id: int
+    engine_is_exact: bool
+
+
 def train(
     models: Models,
     algorithm: OnlineAlgorithm,
@@ -134,27 +152,25 @@ def train(
     """
     if not prompts:
         raise UserError("rl.online has no prompt to sample from and would run zero steps: add data")
-    learner = _learner(models, algorithm, config)
-    stream = PromptStream(prompts, seed)
-    sampler = Sampler(engine, rewarder, stream, config, algorithm.dynamic_sampling_rounds)
-    checkpoints = _checkpoints(run_dir, learner)
+    parts = _parts(
+        models,
+        algorithm,
+        engine,
+        rewarder,
+        prompts,
+        held_out,
+        config,
+        pad_token_id=pad_token_id,
+        decode=decode,
+        engine_is_exact=engine_is_exact,
+        seed=seed,
+        run_dir=run_dir,
+    )
+    checkpoints, probe = parts.checkpoints, parts.probe
     guards = Guards(config, compares_groups=algorithm.critic is None)
-    stability = Stability(config.stability, "rl.online.stability")
-    probe = HeldOutProbe(engine, rewarder, held_out, config)
-    progress = _Progress(algorithm, stream, guards, stability, probe)
-    traces = Traces(run_dir / "traces", config, decode)
+    progress = _Progress(algorithm, parts.stream, guards, parts.stability, probe)
     torch.manual_seed(seed)
-    checkpoint = checkpoints.resume()
-    if checkpoint is not None:
-        progress.resume(checkpoint)
-        tracker.resume(progress.step)
-        cursor = data_cursor(stream.position, len(prompts), "prompt")
-        say_resumed(checkpoint, config.num_steps, cursor)
-    else:
-        tracker.rewind(0)
-        if config.stability.rewinds:
-            checkpoints.save(0, progress.state_dict())
-    traces.rewind(progress.step)
+    resumed_from = _start(progress, parts, tracker)
     while progress.step < config.num_steps:
         step, done = progress.step, progress.step + 1
         regular = done == config.num_steps or done == regular_step(done, config.checkpoint_every)
@@ -166,62 +182,17 @@ def train(
         # Seeds of different steps must not meet, whatever rounds and epochs add to them.
         step_seed = (seed * 1_000_003 + step) * 1_009
         heartbeat.beat(f"sampling for step {done} of {config.num_steps}")
-        found = sampler.sample(step_seed)
+        found = parts.sampler.sample(step_seed)
         refuse_truncation(found, config)
         try:
-            probe.check(step, found.rewards.total.mean().item())
-            experience = make_experience(
-                found,
-                models.policy,
-                models.reference if algorithm.needs_reference else None,
-                models.critic,
-                config=config,
-                pad_token_id=pad_token_id,
-                engine_is_exact=engine_is_exact,
-            )
-            credit = algorithm.credit(experience, step)
-            warming_up = algorithm.critic is not None and step < algorithm.critic.warmup_steps
-            metrics = (
-                _batch_metrics(found, experience, config)
-                | {"kl/mean": _kl_to_reference(experience, models.reference, config)}
-                | probe.metrics(step)
-                | credit.metrics
-                | {"credit/mode": _MODES[credit.mode]}
-                | update(
-                    learner,
-                    experience,
-                    credit,
-                    algorithm,
-                    config,
-                    seed=step_seed,
-                    train_policy=not warming_up,
-                    engine_is_exact=engine_is_exact,
-                    stability=stability,
-                    step=done,
-                    record_ids=stream.record_ids,
-                )
-                | stability.metrics()
-            )
-            if traces.due(step):
-                rows = traces.traced_rows(experience)
-                after = after_update(models.policy, experience, credit, algorithm, config, rows)
-                ref_logprobs = reference_logprobs(models.reference, experience, config, rows)
-                traces.write(done, experience, credit, after, ref_logprobs, metrics)
+            metrics = _learn(parts, found, step, step_seed)
             tracker.log_metrics(metrics, done)
             logger.info("step %d/%d  %s", done, config.num_steps, _summary(metrics))
             guards.check(metrics)
             if regular:
                 refuse_ruined(checkpoints)
         except Unstable as problem:
-            records = problem.records or stream.record_ids(found.rollouts)
-            stability.intervene(problem, step=done, records=records)
-            progress.go_back(go_back(checkpoints, _target(problem, step, probe, config)))
-            stability.rewound(done, progress.step, problem, records)
-            tracker.rewind(progress.step)
-            traces.rewind(progress.step)
-            checkpoints.save(
-                progress.step, progress.state_dict(), _keep(progress.step, probe, config)
-            )
+            _take_back(problem, found, progress, parts, tracker)
             continue
         progress.step, progress.metrics = done, metrics
         stopping = termination.requested()
@@ -229,13 +200,135 @@ def train(
             checkpoints.save(done, progress.state_dict(), _keep(done, probe, config))
         if stopping and done < config.num_steps:
             raise termination.Terminated(f"stopped after step {done} of {config.num_steps}")
-    _refuse_nothing_learned(stability, config)
+    _refuse_nothing_learned(parts.stability, config)
     return OnlineResult(
         config.num_steps,
-        checkpoint.step if checkpoint else None,
+        resumed_from,
         progress.metrics,
-        stability.interventions,
+        parts.stability.interventions,
         probe.checks,
+    )
+
+
+def _parts(
+    models: Models,
+    algorithm: OnlineAlgorithm,
+    engine: RolloutEngine,
+    rewarder: Rewarder,
+    prompts: Sequence[PromptRecord],
+    held_out: Sequence[PromptRecord],
+    config: OnlineConfig,
+    *,
+    pad_token_id: int,
+    decode: Callable[[Sequence[int]], str],
+    engine_is_exact: bool,
+    seed: int,
+    run_dir: Path,
+) -> _Parts:
+    learner = _learner(models, algorithm, config)
+    stream = PromptStream(prompts, seed)
+    return _Parts(
+        models=models,
+        algorithm=algorithm,
+        config=config,
+        learner=learner,
+        stream=stream,
+        sampler=Sampler(engine, rewarder, stream, config, algorithm.dynamic_sampling_rounds),
+        probe=HeldOutProbe(engine, rewarder, held_out, config),
+        stability=Stability(config.stability, "rl.online.stability"),
+        checkpoints=_checkpoints(run_dir, learner),
+        traces=Traces(run_dir / "traces", config, decode),
+        pad_token_id=pad_token_id,
+        engine_is_exact=engine_is_exact,
+    )
+
+
+def _start(progress: _Progress, parts: _Parts, tracker: Tracker) -> int | None:
+    """Begin, or go on from a checkpoint; returns its step, or None."""
+    config = parts.config
+    checkpoint = parts.checkpoints.resume()
+    if checkpoint is None:
+        tracker.rewind(0)
+        if config.stability.rewinds:
+            parts.checkpoints.save(0, progress.state_dict())
+    else:
+        progress.resume(checkpoint)
+        tracker.resume(progress.step)
+        cursor = data_cursor(parts.stream.position, len(parts.stream.prompts), "prompt")
+        say_resumed(checkpoint, config.num_steps, cursor)
+    parts.traces.rewind(progress.step)
+    return checkpoint.step if checkpoint is not None else None
+
+
+def _learn(parts: _Parts, found: ScoredRollouts, step: int, step_seed: int) -> dict[str, float]:
+    """From scored rollouts to new weights; returns the metrics of the step.
+
+    Raises Unstable where the step must not stand.
+    """
+    models, algorithm, config = parts.models, parts.algorithm, parts.config
+    done = step + 1
+    parts.probe.check(step, found.rewards.total.mean().item())
+    experience = make_experience(
+        found,
+        models.policy,
+        models.reference if algorithm.needs_reference else None,
+        models.critic,
+        config=config,
+        pad_token_id=parts.pad_token_id,
+        engine_is_exact=parts.engine_is_exact,
+    )
+    credit = algorithm.credit(experience, step)
+    warming_up = algorithm.critic is not None and step < algorithm.critic.warmup_steps
+    metrics = (
+        _batch_metrics(found, experience, config)
+        | {"kl/mean": _kl_to_reference(experience, models.reference, config)}
+        | parts.probe.metrics(step)
+        | credit.metrics
+        | {"credit/mode": _MODES[credit.mode]}
+        | update(
+            parts.learner,
+            experience,
+            credit,
+            algorithm,
+            config,
+            seed=step_seed,
+            train_policy=not warming_up,
+            engine_is_exact=parts.engine_is_exact,
+            stability=parts.stability,
+            step=done,
+            record_ids=parts.stream.record_ids,
+        )
+        | parts.stability.metrics()
+    )
+    if parts.traces.due(step):
+        rows = parts.traces.traced_rows(experience)
+        after = after_update(models.policy, experience, credit, algorithm, config, rows)
+        ref_logprobs = reference_logprobs(models.reference, experience, config, rows)
+        parts.traces.write(done, experience, credit, after, ref_logprobs, metrics)
+    return metrics
+
+
+def _take_back(
+    problem: Unstable,
+    found: ScoredRollouts,
+    progress: _Progress,
+    parts: _Parts,
+    tracker: Tracker,
+) -> None:
+    """Go back to a good checkpoint, leaving out the prompts since then.
+
+    Raises UserError where the policy is to stop, or was followed too often.
+    """
+    config, failed = parts.config, progress.step + 1
+    records = problem.records or parts.stream.record_ids(found.rollouts)
+    parts.stability.intervene(problem, step=failed, records=records)
+    target = _target(problem, progress.step, parts.probe, config)
+    progress.go_back(go_back(parts.checkpoints, target))
+    parts.stability.rewound(failed, progress.step, problem, records)
+    tracker.rewind(progress.step)
+    parts.traces.rewind(progress.step)
+    parts.checkpoints.save(
+        progress.step, progress.state_dict(), _keep(progress.step, parts.probe, config)
     )
 
 
