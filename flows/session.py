@@ -134,6 +134,16 @@ class Session:
             self.watcher.note(f"{node.name}: {text}")
             log(text)
 
+    def _note_interventions(self, node: Node, artifact: Artifact) -> None:
+        """Say that steps of a stage were left out or taken back: nobody asked for that in vain."""
+        skipped = artifact.metrics.get("stability/num_skipped", 0.0)
+        rewinds = artifact.metrics.get("stability/num_rewinds", 0.0)
+        if skipped or rewinds:
+            self.watcher.note(
+                f"{node.name}: training was unstable: {skipped:.0f} steps were left out and it "
+                f"went back {rewinds:.0f} times; why is in {artifact.uri}/posttrain.json"
+            )
+
     def _note_identity(self, request: StageRequest) -> None:
         """Keep what the fingerprint is made of; it serves people only, so it may fail."""
         with contextlib.suppress(OSError):
@@ -242,6 +252,7 @@ class Session:
                 document = self.store.root / artifact.uri / name
                 if document.is_file():
                     self.tracking.log_file(mlflow_run_id, document)
+        self._note_interventions(node, artifact)
         status: StageStatus = "ran" if outcome.resumed_from_step is None else "resumed"
         seconds = self._spent.get(node.name, 0.0) + outcome.seconds
         self._accept(node, artifact, status, seconds, outcome.peak_memory_bytes)

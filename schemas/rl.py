@@ -48,9 +48,10 @@ class HeldOutConfig(Frozen):
     """A probe for reward hacking: prompts of `data.prompts` that this stage never trains on.
 
     They are chosen by the digest of the prompt, and have nothing to do with `data.evaluation`,
-    which the gate alone looks at. Each check answers them greedily once, and the verifier judges.
-    The case is met when in each of the last `patience` checks the accuracy is more than
-    `min_drop` below the best one, while the training reward over them is above the one then.
+    which the gate alone looks at; stages before this one may have seen them. Each check answers
+    them greedily once, and the verifier judges. The case is met when in each of the last `patience`
+    checks the accuracy is more than `min_drop` below the best one, while the training reward over
+    them is above the one then.
     """
 
     num_prompts: int = Field(default=64, ge=1)

@@ -171,6 +171,22 @@ def test_rerun_changed_code_puts_unfinished_work_of_other_code_aside(
     assert home.store.latest_checkpoint(request.fingerprint) is not None
 
 
+def test_a_run_says_that_training_was_unstable(home: Home, files_recipe: Path, stages: Any) -> None:
+    config = load_recipe(str(files_recipe))
+    node, request, _ = sft_of(config, home, stages)
+    artifact = stages.publish(request, home.store)
+    notes = Notes()
+    tracking: Any = None
+    with Runs(home.store.root).open(config) as run:
+        session = Session(config, home, run, tracking, notes)
+        for counts in ({}, {"stability/num_skipped": 2.0, "stability/num_rewinds": 1.0}):
+            session._note_interventions(node, artifact.model_copy(update={"metrics": counts}))
+    assert notes.notes == [
+        "train_sft: training was unstable: 2 steps were left out and it went back 1 times; "
+        f"why is in {artifact.uri}/posttrain.json"
+    ]
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"code": 3}', '{"step": 1}'])
 def test_a_damaged_checkpoint_is_left_to_the_stage(home: Home, text: str) -> None:
     folder = home.store.work_dir("a" * 64) / "checkpoints" / "step-00000001"
