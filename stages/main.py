@@ -106,6 +106,7 @@ def run_stage(request: AnyRequest, *, run_dir: Path, tracker: Tracker) -> AnyArt
 
 
 def _prepare_torch(request: AnyRequest) -> None:
+    heartbeat.beat("importing torch and transformers")
     import transformers
 
     from infra.devices import configure_threads, deterministic
@@ -114,6 +115,7 @@ def _prepare_torch(request: AnyRequest) -> None:
     deterministic()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    heartbeat.beat(f"importing {request.stage}")
 
 
 def _describe(error: Exception) -> str:
