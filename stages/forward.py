@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stages import heartbeat
 from stages.core.logprobs import chunked_token_logprobs
 from stages.models import head_of
 from stages.packing import PackedBatch, micro_batches, pack
@@ -146,6 +147,7 @@ def all_completion_logprobs(
     """`completion_logprobs` without gradient, in micro-batches."""
     out = torch.zeros(len(sequences), width, device=model.device)
     for indices in micro_batches(sequences.lengths(), max_tokens):
+        heartbeat.beat(f"computing log-probabilities of {len(sequences)} completions")
         logprobs, _ = completion_logprobs(model, sequences.select(indices), width, temperature)
         out[indices] = logprobs.float()
     return out.clone()
@@ -159,6 +161,7 @@ def all_completion_values(
     values = torch.zeros(len(sequences), width, device=model.device)
     after = torch.zeros(len(sequences), device=model.device)
     for indices in micro_batches(sequences.lengths(), max_tokens):
+        heartbeat.beat(f"computing values of {len(sequences)} completions")
         chosen = sequences.select(indices)
         positions = [
             range(len(prompt) - 1, len(prompt) + len(completion))

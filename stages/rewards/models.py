@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stages import heartbeat
 from stages.forward import Sequences, scores_at
 from stages.models import load_with_head, to_device
 from stages.packing import micro_batches
@@ -27,6 +28,7 @@ def outcome_scores(model: PreTrainedModel, sequences: Sequences, max_tokens: int
     """The raw score at the last token of each sequence, [_B]."""
     scores = torch.zeros(len(sequences), device=model.device)
     for indices in micro_batches(sequences.lengths(), max_tokens):
+        heartbeat.beat(f"scoring {len(sequences)} completions with the outcome reward model")
         chosen = sequences.select(indices)
         scores[indices] = scores_at(model, chosen, [[n - 1] for n in chosen.lengths()])[:, 0]
     return scores.clone()
@@ -47,6 +49,7 @@ def step_scores(
     scored = [index for index, ends in enumerate(step_ends) if ends]
     lengths = sequences.lengths()
     for batch in micro_batches([lengths[index] for index in scored], max_tokens):
+        heartbeat.beat(f"scoring {len(sequences)} completions with the process reward model")
         indices = [scored[i] for i in batch]
         chosen = sequences.select(indices)
         positions = [

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from schemas.rl import SamplingConfig
+from stages import heartbeat
 from stages.rollout.attention import decode_attention
 from stages.rollout.checks import check_lengths
 from stages.rollout.decoding import Completions, Context
@@ -93,6 +94,7 @@ class NativeEngine:
             torch.tensor([place[prompt] for prompt, _ in batch], device=self._model.device)
         )
         while True:
+            heartbeat.beat(f"sampling {len(batch)} completions of {len(prompts)} prompts")
             tokens = completions.draw(context.logits, self._eos_token_ids)
             if completions.done:
                 break
