@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from schemas.base import Frozen
-from schemas.training import OptimizerConfig, StabilityConfig, SupervisedConfig
+from schemas.training import OptimizerConfig, Precision, StabilityConfig, SupervisedConfig
 
 Algorithm = Literal["ppo", "grpo", "rloo", "dpo"]
 LossAggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -33,6 +33,8 @@ class RolloutConfig(Frozen):
     """`native`: batched KV-cache sampling in torch. `vllm`: vLLM in the stage's process."""
     max_batch_size: int = Field(default=512, ge=1)
     """Most completions that are decoded at once."""
+    precision: Precision = "float32"
+    """Number format where a stage only samples; while it trains, `rl.online.precision` holds."""
 
 
 class TraceConfig(Frozen):
@@ -99,6 +101,8 @@ class OnlineConfig(Frozen):
     """Optimizer steps in one pass over a rollout batch."""
     micro_batch_tokens: int = Field(default=16384, ge=8)
     """Token slots that go through the model at once."""
+    precision: Precision = "float32"
+    """Number format of the matrix products, sampling's too; weights stay in float32."""
     sampling: SamplingConfig
     """How rollouts are drawn."""
     overlong_buffer: int = Field(default=0, ge=0)

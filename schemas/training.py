@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from schemas.base import Frozen
 
+Precision = Literal["float32", "bfloat16"]
+
 
 class OptimizerConfig(Frozen):
     """AdamW with a warm-up and a schedule."""
@@ -105,6 +107,8 @@ class SupervisedConfig(Frozen):
     """Longest sequence in tokens; longer ones are cut, counted and reported."""
     micro_batch_tokens: int = Field(default=8192, ge=8)
     """Token slots that go through the model at once."""
+    precision: Precision = "float32"
+    """Number format of the matrix products; weights and optimizer state stay in float32."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Optimizer steps between checkpoints."""
     log_every: int = Field(default=10, ge=1)
@@ -118,8 +122,6 @@ class SupervisedConfig(Frozen):
 class SFTConfig(SupervisedConfig):
     """Supervised fine-tuning on completion tokens."""
 
-    packing: bool = True
-    """Pack several records into one row with block-diagonal attention."""
     lora: LoRAConfig | None = None
     """Train low-rank adapters in place of all the weights."""
 

@@ -26,6 +26,7 @@ from stages.core.metrics import pass_at_k
 from stages.data.records import read_records
 from stages.forward import Sequences, all_completion_logprobs
 from stages.models import check_contract, load_policy, load_tokenizer
+from stages.precision import use_precision
 from stages.provenance import provenance
 from stages.rewards.composition import RewardBreakdown, Rewarder, build_rewarder
 from stages.rl.rollouts import PromptRecord
@@ -76,6 +77,7 @@ def run(request: EvaluateRequest, *, run_dir: Path, tracker: Tracker) -> Evaluat
         process=request.process_reward_model,
         step_separator=request.step_separator,
         max_tokens=_MAX_TOKENS,
+        precision=request.rollout.precision,
         device=device,
     )
     sampled: dict[str, Sampled] = {}
@@ -120,6 +122,7 @@ def _sample(
 ) -> Sampled:
     sampling = request.config.sampling
     model = load_policy(store.path(policy), device).eval()
+    use_precision(model, request.rollout.precision)
     engine = build_engine(
         request.rollout,
         model=model,
@@ -140,7 +143,6 @@ def _sample(
     sequences = Sequences(
         [rollout.prompt_ids for rollout in rollouts],
         [rollout.completion_ids for rollout in rollouts],
-        tokenizer.pad_token_id,
     )
     width = max(len(rollout.completion_ids) for rollout in rollouts)
     # Greedy samples come from the distribution at temperature 1.
@@ -149,6 +151,7 @@ def _sample(
     if policy.sha256 == request.baseline.sha256:
         return Sampled(rollouts, rewards, torch.zeros(len(rollouts)))
     reference = load_policy(store.path(request.baseline), device).eval()
+    use_precision(reference, request.rollout.precision)
     ref_logprobs = all_completion_logprobs(reference, sequences, width, _MAX_TOKENS, temperature)
     return Sampled(rollouts, rewards, kl_k1(logprobs, ref_logprobs).sum(1).cpu())
 

@@ -5,21 +5,25 @@ The heads are applied by hand, at the positions that count and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from schemas.base import UserError
 from stages import heartbeat
-from stages.core.logprobs import chunked_token_logprobs
+from stages.attention import no_mask, use_packed_attention
+from stages.core.logprobs import chunked_token_logprobs, weighted_logprob_sum
 from stages.models import head_of
 from stages.packing import PackedBatch, micro_batches, pack
+from stages.precision import compute_dtype
 from stages.shared_critic import Critic, SharedCritic
 
-# Logits held at once, as elements of [chunk, vocabulary]: 16 MiB in fp32.
-_LOGIT_ELEMENTS = 2**22
+# Logits held at once, as elements of [chunk, vocabulary]: 128 MiB in fp32.
+_LOGIT_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,6 @@ class Sequences:
 
     prompt_ids: Sequence[Sequence[int]]
     completion_ids: Sequence[Sequence[int]]
-    pad_token_id: int
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -42,25 +45,39 @@ class Sequences:
         return Sequences(
             [self.prompt_ids[i] for i in indices],
             [self.completion_ids[i] for i in indices],
-            self.pad_token_id,
         )
 
-    def pack(self, device: torch.device, row_length: int | None = None) -> PackedBatch:
-        """Rows for the model."""
-        joined = [[*p, *c] for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
-        return pack(joined, pad_token_id=self.pad_token_id, device=device, row_length=row_length)
+    def pack(self, device: torch.device) -> PackedBatch:
+        """One row for the model; like prompts are in it once."""
+        return pack(self.prompt_ids, self.completion_ids, device=device)
+
+    def micro_batches(self, max_tokens: int) -> Iterator[list[int]]:
+        """Indices in micro-batches of at most max_tokens tokens, like prompts together."""
+        return micro_batches(self.lengths(), max_tokens, self.prompt_ids)
 
 
 def hidden_states(model: Critic, batch: PackedBatch) -> Tensor:
-    """Last hidden states of every slot, [_R * _L, _H]."""
-    output = model.base_model(
+    """Last hidden states of every token, [_T, _H].
+
+    Raises UserError if the model does not let its attention be chosen.
+    """
+    backbone = cast(PreTrainedModel, model.base_model)
+    use_packed_attention(backbone)
+    calls = batch.layout.num_calls
+    output = backbone(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask(),
+        attention_mask=no_mask(batch.input_ids.device),
+        layout=batch.layout,
         use_cache=False,
     )
+    if batch.layout.num_calls == calls:
+        raise UserError(
+            f"{type(backbone).__name__} does not hand options on to its attention, so sequences "
+            "cannot share a row; use another model of transformers"
+        )
     hidden: Tensor = output.last_hidden_state
-    return hidden.flatten(0, 1)
+    return hidden[0]
 
 
 def logprobs_at(
@@ -72,15 +89,38 @@ def logprobs_at(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of targets [_N] predicted at flat positions [_N], and entropies [_N]."""
     head = model.get_output_embeddings()
-    vocabulary = head.weight.shape[0]
     return chunked_token_logprobs(
-        hidden.index_select(0, positions),
+        hidden.index_select(0, positions).to(compute_dtype(model)),
         head.weight,
         targets,
         temperature=temperature,
-        chunk_size=max(_LOGIT_ELEMENTS // vocabulary, 1),
+        chunk_size=_chunk_size(head.weight),
         bias=getattr(head, "bias", None),
     )
+
+
+def weighted_logprobs_at(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of token_weights [_N] times `logprobs_at`, which alone is differentiable; see
+    `weighted_logprob_sum`."""
+    head = model.get_output_embeddings()
+    return weighted_logprob_sum(
+        hidden.index_select(0, positions).to(compute_dtype(model)),
+        head.weight,
+        targets,
+        token_weights,
+        chunk_size=_chunk_size(head.weight),
+        bias=getattr(head, "bias", None),
+    )
+
+
+def _chunk_size(weight: Tensor) -> int:
+    return max(_LOGIT_ELEMENTS // weight.shape[0], 1)
 
 
 def completion_logprobs(
@@ -134,7 +174,7 @@ def scores_at(model: Critic, sequences: Sequences, positions: Sequence[Sequence[
     Positions count from the first prompt token.
     """
     batch = sequences.pack(model.device)
-    flat = [start + p for start, own in zip(batch.starts, positions, strict=True) for p in own]
+    flat = [batch.position(row, index) for row, own in enumerate(positions) for index in own]
     index = torch.tensor(flat, dtype=torch.long, device=model.device)
     scores: Tensor = head_of(model)(hidden_states(model, batch).index_select(0, index)).float()
     return scores
@@ -146,7 +186,7 @@ def all_completion_logprobs(
 ) -> Tensor:
     """`completion_logprobs` without gradient, in micro-batches."""
     out = torch.zeros(len(sequences), width, device=model.device)
-    for indices in micro_batches(sequences.lengths(), max_tokens):
+    for indices in sequences.micro_batches(max_tokens):
         heartbeat.beat(f"computing log-probabilities of {len(sequences)} completions")
         logprobs, _ = completion_logprobs(model, sequences.select(indices), width, temperature)
         out[indices] = logprobs.float()
@@ -160,7 +200,7 @@ def all_completion_values(
     """Values before each token [_B, width], and after the last one [_B], without gradient."""
     values = torch.zeros(len(sequences), width, device=model.device)
     after = torch.zeros(len(sequences), device=model.device)
-    for indices in micro_batches(sequences.lengths(), max_tokens):
+    for indices in sequences.micro_batches(max_tokens):
         heartbeat.beat(f"computing values of {len(sequences)} completions")
         chosen = sequences.select(indices)
         positions = [
@@ -186,10 +226,12 @@ def _completion_index(
         zip(sequences.prompt_ids, sequences.completion_ids, strict=True)
     ):
         assert prompt, "a completion is predicted from its prompt: it cannot be empty"
-        first = batch.starts[b] + len(prompt) - 1
         rows += [b] * len(completion)
         columns += range(len(completion))
-        positions += range(first, first + len(completion))
+        positions += [
+            batch.position(b, index)
+            for index in range(len(prompt) - 1, len(prompt) + len(completion) - 1)
+        ]
         targets += completion
     device = batch.input_ids.device
     rows_, columns_, positions_, targets_ = (

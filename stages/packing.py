@@ -1,107 +1,248 @@
-"""Sequences into rows, and rows into micro-batches."""
+"""Sequences into one row without padding, and batches into micro-batches.
+
+A prompt with several completions is laid down once: its completions follow it, each a branch that
+sees the prompt and itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+_T = TypeVar("_T")
+
+# A block pads its rows to the longest; rows shorter than this share of it go to another block.
+_MIN_FILLED = 0.75
+
+
+@dataclass(frozen=True)
+class Block:
+    """Sequences of like length that attend in one batch: `_N` rows of `_L` tokens.
+
+    tokens, long [_N, _L], are positions in the packed row; a short row is filled up with its own
+    first position, and padding, bool [_N, _L], tells where (None: nowhere). With a prefix, long
+    [_N / _G, _P], the rows are branches, _G of each prefix, in order: each sees the whole of its
+    prefix and, causally, itself. prefix_padding, bool [_N / _G, _P], is to the prefix what padding
+    is to the rows.
+    """
+
+    tokens: Tensor
+    padding: Tensor | None
+    prefix: Tensor | None = None
+    prefix_padding: Tensor | None = None
+
+
+@dataclass
+class Layout:
+    """Who attends to whom in a packed row of `_T` tokens.
+
+    restore, long [_T]: where each token stands in the blocks' rows, laid end to end.
+    prefix_restore, long [_T]: the same for the blocks' prefixes, and one past their end for a
+    token that is in none; None where no block has a prefix.
+    """
+
+    blocks: tuple[Block, ...]
+    restore: Tensor
+    prefix_restore: Tensor | None
+    longest: int
+    """Most tokens that any token can see, itself included."""
+    num_calls: int = 0
+    """How often an attention layer has asked; 0 after a forward pass means that none did."""
+
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Rows that hold one or several sequences each.
-
-    input_ids, position_ids and segment_ids are long [_R, _L]; a segment is the number of the
-    sequence within its row, from 1, and 0 is padding. starts [_B] are flat positions
-    (row * _L + column) of the first token of each sequence.
-    """
+    """One row for the model: input_ids and position_ids, long [1, _T], and who sees whom."""
 
     input_ids: Tensor
     position_ids: Tensor
-    segment_ids: Tensor
-    starts: list[int]
-    one_per_row: bool
+    layout: Layout
+    prompt_starts: list[int]
+    completion_starts: list[int]
+    prompt_lengths: list[int]
 
-    def attention_mask(self) -> Tensor | None:
-        """Block-diagonal causal mask, bool [_R, 1, _L, _L]; None where plain causal is enough.
-
-        With one right-padded sequence a row, causality alone keeps padding out of sight.
-        """
-        if self.one_per_row:
-            return None
-        same = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
-        length = self.segment_ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=same.device).tril()
-        return (same & causal)[:, None]
+    def position(self, sequence: int, index: int) -> int:
+        """Where token `index` of a sequence, counted from its first prompt token, lies."""
+        beyond = index - self.prompt_lengths[sequence]
+        if beyond < 0:
+            return self.prompt_starts[sequence] + index
+        return self.completion_starts[sequence] + beyond
 
 
 def pack(
-    sequences: Sequence[Sequence[int]],
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
     *,
-    pad_token_id: int,
     device: torch.device,
-    row_length: int | None = None,
 ) -> PackedBatch:
-    """First-fit-decreasing packing into rows of row_length; without it, one sequence a row."""
-    if row_length is None:
-        rows = [[index] for index in range(len(sequences))]
-    else:
-        rows = _first_fit([len(sequence) for sequence in sequences], row_length)
-    width = max(sum(len(sequences[i]) for i in row) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
-    position_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    segment_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    starts = [0] * len(sequences)
-    for r, row in enumerate(rows):
-        column = 0
-        for segment, index in enumerate(row, start=1):
-            end = column + len(sequences[index])
-            input_ids[r, column:end] = torch.as_tensor(sequences[index])
-            position_ids[r, column:end] = torch.arange(end - column)
-            segment_ids[r, column:end] = segment
-            starts[index] = r * width + column
-            column = end
+    """Every sequence in one row, like prompts once. A prompt may be empty, a sequence may not."""
+    ids: list[int] = []
+    positions: list[int] = []
+    trunks: list[range] = []
+    branches: list[tuple[range, list[range]]] = []
+    prompt_starts = [0] * len(prompt_ids)
+    completion_starts = [0] * len(prompt_ids)
+
+    def lay(tokens: Sequence[int], first_position: int) -> range:
+        span = range(len(ids), len(ids) + len(tokens))
+        ids.extend(tokens)
+        positions.extend(range(first_position, first_position + len(tokens)))
+        return span
+
+    for rows in like_prompts(prompt_ids):
+        prompt = prompt_ids[rows[0]]
+        if len(rows) == 1 or not prompt:
+            for row in rows:
+                trunk = lay([*prompt, *completion_ids[row]], 0)
+                trunks.append(trunk)
+                prompt_starts[row] = trunk.start
+                completion_starts[row] = trunk.start + len(prompt)
+            continue
+        trunk = lay(prompt, 0)
+        trunks.append(trunk)
+        own = [lay(completion_ids[row], len(prompt)) for row in rows]
+        for row, span in zip(rows, own, strict=True):
+            prompt_starts[row], completion_starts[row] = trunk.start, span.start
+        own = [span for span in own if span]
+        if own:
+            branches.append((trunk, own))
     return PackedBatch(
-        input_ids.to(device),
-        position_ids.to(device),
-        segment_ids.to(device),
-        starts,
-        one_per_row=all(len(row) == 1 for row in rows),
+        torch.tensor([ids], dtype=torch.long, device=device),
+        torch.tensor([positions], dtype=torch.long, device=device),
+        _layout(trunks, branches, len(ids), device),
+        prompt_starts,
+        completion_starts,
+        [len(prompt) for prompt in prompt_ids],
     )
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in micro-batches of at most max_tokens slots (rows times longest), by length.
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, prompt_ids: Sequence[Sequence[int]] | None = None
+) -> Iterator[list[int]]:
+    """Indices in micro-batches of at most max_tokens tokens, the longest sequences first.
 
-    A sequence longer than max_tokens gets a micro-batch of its own. The order of the result is
-    fixed by the lengths and positions alone, so a resumed run splits a batch as the first did.
+    lengths: tokens of each sequence, with its prompt. prompt_ids: where given, sequences of like
+    prompts stay together as far as they fit, and their prompt counts once. A sequence longer than
+    max_tokens gets a micro-batch of its own. The result is fixed by the lengths, the prompts and
+    their order alone, so a resumed run splits a batch as the first did.
     """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    if prompt_ids is None:
+        prompt_ids = [[]] * len(lengths)
+        groups = [[index] for index in range(len(lengths))]
+    else:
+        groups = like_prompts(prompt_ids)
+    shared = [len(prompt) for prompt in prompt_ids]
+    parts = [part for group in groups for part in _split(group, lengths, shared, max_tokens)]
+    parts.sort(key=lambda part: (-max(lengths[index] for index in part.indices), part.indices[0]))
     batch: list[int] = []
-    longest = 0
-    for index in order:
-        if batch and (len(batch) + 1) * longest > max_tokens:
+    filled = 0
+    for part in parts:
+        if batch and filled + part.num_tokens > max_tokens:
             yield batch
-            batch = []
-        if not batch:
-            longest = lengths[index]
-        batch.append(index)
+            batch, filled = [], 0
+        batch = batch + part.indices
+        filled += part.num_tokens
     if batch:
         yield batch
 
 
-def _first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        for r, free in enumerate(room):
-            if lengths[index] <= free:
-                rows[r].append(index)
-                room[r] -= lengths[index]
-                break
-        else:
-            rows.append([index])
-            room.append(max(row_length - lengths[index], 0))
-    return rows
+def like_prompts(prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices of equal prompts, in the order in which the prompts first appear."""
+    found: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompt_ids):
+        found[tuple(prompt)].append(index)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sequences of one prompt that stay together, and the tokens they take."""
+
+    indices: list[int]
+    num_tokens: int
+
+
+def _split(
+    group: Sequence[int], lengths: Sequence[int], shared: Sequence[int], max_tokens: int
+) -> Iterator[_Part]:
+    indices: list[int] = []
+    filled = 0
+    for index in group:
+        own = lengths[index] - shared[index]
+        if indices and filled + own > max_tokens:
+            yield _Part(indices, filled)
+            indices, filled = [], 0
+        filled += own if indices else lengths[index]
+        indices.append(index)
+    yield _Part(indices, filled)
+
+
+def _layout(
+    trunks: list[range],
+    branches: list[tuple[range, list[range]]],
+    num_tokens: int,
+    device: torch.device,
+) -> Layout:
+    blocks: list[Block] = []
+    spans: list[list[range]] = []
+    prefixes: list[list[range]] = []
+    for bucket in _buckets(trunks, len):
+        blocks.append(Block(*_rows(bucket, device)))
+        spans.append(bucket)
+        prefixes.append([])
+    of_size: dict[int, list[tuple[range, list[range]]]] = defaultdict(list)
+    for branch in branches:
+        of_size[len(branch[1])].append(branch)
+    for like in of_size.values():
+        for some in _buckets(like, lambda branch: len(branch[0]) + max(map(len, branch[1]))):
+            own = [span for _, branch in some for span in branch]
+            prefix = [trunk for trunk, _ in some]
+            blocks.append(Block(*_rows(own, device), *_rows(prefix, device)))
+            spans.append(own)
+            prefixes.append(prefix)
+    longest = [len(trunk) for trunk in trunks]
+    longest += [len(trunk) + len(span) for trunk, own in branches for span in own]
+    return Layout(
+        tuple(blocks),
+        _restore(spans, num_tokens, device),
+        _restore(prefixes, num_tokens, device) if branches else None,
+        max(longest),
+    )
+
+
+def _buckets(items: Sequence[_T], length: Callable[[_T], int]) -> Iterator[list[_T]]:
+    bucket: list[_T] = []
+    for item in sorted(items, key=length, reverse=True):
+        if bucket and length(item) < _MIN_FILLED * length(bucket[0]):
+            yield bucket
+            bucket = []
+        bucket.append(item)
+    if bucket:
+        yield bucket
+
+
+def _rows(spans: Sequence[range], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    starts = torch.tensor([span.start for span in spans], device=device)[:, None]
+    lengths = torch.tensor([len(span) for span in spans], device=device)[:, None]
+    columns = torch.arange(max(map(len, spans)), device=device)
+    padding = columns >= lengths
+    tokens = torch.where(padding, starts, starts + columns)
+    return tokens, padding if bool(padding.any()) else None
+
+
+def _restore(spans: Sequence[Sequence[range]], num_tokens: int, device: torch.device) -> Tensor:
+    """Where each token stands in the padded rows of all blocks; one past the end if in none."""
+    size = sum(len(rows) * max(map(len, rows)) for rows in spans if rows)
+    found = torch.full((num_tokens,), size, dtype=torch.long)
+    offset = 0
+    for rows in spans:
+        width = max(map(len, rows), default=0)
+        for span in rows:
+            found[span.start : span.stop] = torch.arange(offset, offset + len(span))
+            offset += width
+    return found.to(device)

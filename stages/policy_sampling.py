@@ -13,6 +13,7 @@ from schemas.requests import LabelStepsRequest, SamplePreferencesRequest
 from schemas.rewards import RewardConfig
 from stages.data.records import read_records
 from stages.models import load_policy, load_tokenizer
+from stages.precision import use_precision
 from stages.rewards.composition import build_rewarder
 from stages.rl.rollouts import PromptRecord
 from stages.rollout.engine import build_engine
@@ -38,6 +39,7 @@ class PolicySampler:
         self.tokenizer = load_tokenizer(folder)
         self._sampling = request.sampling
         model = load_policy(folder, resolve_device(request.runtime.device)).eval()
+        use_precision(model, request.rollout.precision)
         self._engine = build_engine(
             request.rollout,
             model=model,
@@ -54,6 +56,7 @@ class PolicySampler:
             process=None,
             step_separator=step_separator,
             max_tokens=_MAX_TOKENS,
+            precision=request.rollout.precision,
             device=model.device,
         )
         self.prompts = [

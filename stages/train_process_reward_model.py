@@ -25,6 +25,7 @@ from stages.data.records import read_datasets
 from stages.forward import Sequences, scores_at
 from stages.models import load_tokenizer, load_with_head, num_parameters, save_model, to_device
 from stages.packing import micro_batches
+from stages.precision import use_precision
 from stages.provenance import provenance
 from stages.stability import write_audit
 from stages.tokenization import labelled_step_ends
@@ -66,23 +67,20 @@ def run(
         config.max_truncated_fraction,
         config.max_length,
     )
-    model = to_device(
-        load_with_head(folder, "process", request.seed), resolve_device(request.runtime.device)
-    )
-    pad_token_id = tokenizer.pad_token_id
+    device = resolve_device(request.runtime.device)
+    model = to_device(load_with_head(folder, "process", request.seed), device)
+    use_precision(model, config.precision)
     result = supervised.train(
         model,
         section="process_reward_model",
         record_ids=[str(record["id"]) for record in records],
-        micro_losses=lambda indices: micro_losses(
-            model, [examples[i] for i in indices], pad_token_id, config
-        ),
+        micro_losses=lambda indices: micro_losses(model, [examples[i] for i in indices], config),
         settings=config,
         seed=request.seed,
         run_dir=run_dir,
         tracker=tracker,
     )
-    metrics = evaluate(model, held_out, pad_token_id, config.micro_batch_tokens)
+    metrics = evaluate(model, held_out, config.micro_batch_tokens)
     logger.info(
         "held-out step accuracy %.3f, first-error F1 %.3f",
         metrics["step_accuracy"],
@@ -141,12 +139,11 @@ def encode(
     return examples, num_truncated
 
 
-def step_logits(model: PreTrainedModel, examples: Sequence[Labelled], pad_token_id: int) -> Tensor:
+def step_logits(model: PreTrainedModel, examples: Sequence[Labelled]) -> Tensor:
     """Logits of (wrong, right) at each step's last token, [steps of all examples, 2]."""
     sequences = Sequences(
         [example.prompt_ids for example in examples],
         [example.completion_ids for example in examples],
-        pad_token_id,
     )
     positions = [
         [len(example.prompt_ids) + end for end in example.step_ends] for example in examples
@@ -157,7 +154,6 @@ def step_logits(model: PreTrainedModel, examples: Sequence[Labelled], pad_token_
 def micro_losses(
     model: PreTrainedModel,
     examples: Sequence[Labelled],
-    pad_token_id: int,
     config: ProcessRewardModelConfig,
 ) -> Iterator[supervised.MicroLoss]:
     """Mean cross entropy over the steps of the optimizer step, by micro-batch."""
@@ -165,7 +161,7 @@ def micro_losses(
     lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
     for indices in micro_batches(lengths, config.micro_batch_tokens):
         chosen = [examples[i] for i in indices]
-        logits = step_logits(model, chosen, pad_token_id)
+        logits = step_logits(model, chosen)
         labels = torch.tensor(
             [label for example in chosen for label in example.labels], device=logits.device
         )
@@ -178,7 +174,7 @@ def micro_losses(
 
 @torch.inference_mode()
 def evaluate(
-    model: PreTrainedModel, examples: Sequence[Labelled], pad_token_id: int, max_tokens: int
+    model: PreTrainedModel, examples: Sequence[Labelled], max_tokens: int
 ) -> dict[str, float]:
     """Held-out step accuracy, first-error F1 (ProcessBench) and calibration."""
     probabilities: list[Tensor] = [torch.empty(0)] * len(examples)
@@ -186,7 +182,7 @@ def evaluate(
     for indices in micro_batches(lengths, max_tokens):
         heartbeat.beat(f"evaluating on {len(examples)} held-out step records")
         chosen = [examples[i] for i in indices]
-        right = step_logits(model, chosen, pad_token_id).softmax(-1)[:, 1].cpu()
+        right = step_logits(model, chosen).softmax(-1)[:, 1].cpu()
         sizes = [len(example.labels) for example in chosen]
         for index, own in zip(indices, right.split(sizes), strict=True):
             probabilities[index] = own

@@ -24,6 +24,7 @@ from stages.data.records import read_datasets
 from stages.forward import Sequences, scores_at
 from stages.models import load_tokenizer, load_with_head, num_parameters, save_model, to_device
 from stages.packing import micro_batches
+from stages.precision import use_precision
 from stages.provenance import provenance
 from stages.stability import write_audit
 from stages.tokenization import encode_pair
@@ -63,23 +64,20 @@ def run(
     supervised.refuse_truncation(
         "pairs", num_truncated, len(pairs), config.max_truncated_fraction, config.max_length
     )
-    model = to_device(
-        load_with_head(folder, "outcome", request.seed), resolve_device(request.runtime.device)
-    )
-    pad_token_id = tokenizer.pad_token_id
+    device = resolve_device(request.runtime.device)
+    model = to_device(load_with_head(folder, "outcome", request.seed), device)
+    use_precision(model, config.precision)
     result = supervised.train(
         model,
         section="reward_model",
         record_ids=[str(record["id"]) for record in records],
-        micro_losses=lambda indices: micro_losses(
-            model, [pairs[i] for i in indices], pad_token_id, config
-        ),
+        micro_losses=lambda indices: micro_losses(model, [pairs[i] for i in indices], config),
         settings=config,
         seed=request.seed,
         run_dir=run_dir,
         tracker=tracker,
     )
-    metrics = evaluate(model, held_out, pad_token_id, config.micro_batch_tokens)
+    metrics = evaluate(model, held_out, config.micro_batch_tokens)
     logger.info("held-out pairwise accuracy %.3f", metrics["accuracy"])
     tracker.log_metrics({f"held_out/{k}": v for k, v in metrics.items()}, result.num_steps)
     content = run_dir / "content"
@@ -119,24 +117,29 @@ def encode_pairs(
     return pairs, num_truncated
 
 
-def score_pairs(
-    model: PreTrainedModel, pairs: Sequence[Pair], pad_token_id: int
-) -> tuple[Tensor, Tensor]:
+def pair_batches(pairs: Sequence[Pair], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in micro-batches of at most max_tokens tokens; a pair's prompt counts once."""
+    lengths = [
+        len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs
+    ]
+    return micro_batches(lengths, max_tokens)
+
+
+def score_pairs(model: PreTrainedModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """Scores of the chosen and the rejected completions, [_B] each."""
     prompts = [pair.prompt_ids for pair in pairs]
     completions = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-    sequences = Sequences(prompts * 2, completions, pad_token_id)
+    sequences = Sequences(prompts * 2, completions)
     scores = scores_at(model, sequences, [[n - 1] for n in sequences.lengths()])[:, 0]
     return scores[: len(pairs)], scores[len(pairs) :]
 
 
 def micro_losses(
-    model: PreTrainedModel, pairs: Sequence[Pair], pad_token_id: int, config: RewardModelConfig
+    model: PreTrainedModel, pairs: Sequence[Pair], config: RewardModelConfig
 ) -> Iterator[supervised.MicroLoss]:
     """Mean Bradley-Terry loss over the pairs of the optimizer step, by micro-batch."""
-    lengths = [pair.length() for pair in pairs]
-    for indices in micro_batches(lengths, config.micro_batch_tokens // 2):
-        chosen, rejected = score_pairs(model, [pairs[i] for i in indices], pad_token_id)
+    for indices in pair_batches(pairs, config.micro_batch_tokens):
+        chosen, rejected = score_pairs(model, [pairs[i] for i in indices])
         margin = torch.full_like(chosen, config.margin)
         loss = bradley_terry_loss(chosen, rejected, margin, config.centering).sum()
         right = (chosen > rejected).sum().item()
@@ -144,15 +147,13 @@ def micro_losses(
 
 
 @torch.inference_mode()
-def evaluate(
-    model: PreTrainedModel, pairs: Sequence[Pair], pad_token_id: int, max_tokens: int
-) -> dict[str, float]:
+def evaluate(model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int) -> dict[str, float]:
     """Held-out accuracy (a tie counts half), calibration, and the distribution of the scores."""
     gaps = torch.zeros(len(pairs))
     scores: list[Tensor] = []
-    for indices in micro_batches([pair.length() for pair in pairs], max_tokens // 2):
+    for indices in pair_batches(pairs, max_tokens):
         heartbeat.beat(f"evaluating on {len(pairs)} held-out pairs")
-        chosen, rejected = score_pairs(model, [pairs[i] for i in indices], pad_token_id)
+        chosen, rejected = score_pairs(model, [pairs[i] for i in indices])
         gaps[indices] = (chosen - rejected).cpu()
         scores += [chosen.cpu(), rejected.cpu()]
     everything = torch.cat(scores)

@@ -25,6 +25,7 @@ from stages.models import (
     save_model,
     to_device,
 )
+from stages.precision import use_precision
 from stages.provenance import provenance
 from stages.rewards.composition import build_rewarder
 from stages.rl import dpo, online
@@ -45,7 +46,9 @@ def run(request: TrainRLRequest, *, run_dir: Path, tracker: Tracker) -> PolicyCh
     folder = store.path(request.policy)
     device = resolve_device(request.runtime.device)
     tokenizer = load_tokenizer(folder)
-    policy = load_policy(folder, device)
+    settings = request.config.dpo if request.config.algorithm == "dpo" else request.config.online
+    assert settings is not None
+    policy = use_precision(load_policy(folder, device), settings.precision)
     if request.config.algorithm == "dpo":
         num_steps, metrics, audit = _offline(request, policy, tokenizer, run_dir, tracker)
     else:
@@ -77,12 +80,14 @@ def _online(
     store = Store(request.runtime.store)
     folder = store.path(request.policy)
     algorithm = online_algorithm(request.config)
-    reference = load_policy(folder, policy.device).eval().requires_grad_(False)
+    reference = use_precision(load_policy(folder, policy.device), config.precision)
+    reference.eval().requires_grad_(False)
     critic: Critic | None = None
     if algorithm.critic is not None and algorithm.critic.shared_weight is not None:
         critic = SharedCritic(policy)
     elif algorithm.critic is not None:
         critic = to_device(load_with_head(folder, "value", request.seed), policy.device)
+        use_precision(critic, config.precision)
     engine = build_engine(
         request.rollout,
         model=policy,
@@ -99,6 +104,7 @@ def _online(
         process=request.process_reward_model,
         step_separator=request.step_separator,
         max_tokens=config.micro_batch_tokens,
+        precision=config.precision,
         device=policy.device,
     )
     prompts = encode_prompts(read_records(store.path(request.prompts)), tokenizer)
@@ -113,9 +119,8 @@ def _online(
             prompts,
             held_out,
             config,
-            pad_token_id=tokenizer.pad_token_id,
             decode=partial(decode, tokenizer),
-            engine_is_exact=request.rollout.engine == "native",
+            engine_is_exact=request.rollout.engine == "native" and config.precision == "float32",
             seed=request.seed,
             run_dir=run_dir,
             tracker=tracker,
@@ -146,17 +151,17 @@ def _offline(
     supervised.refuse_truncation(
         "pairs", num_truncated, len(pairs), config.max_truncated_fraction, config.max_length
     )
-    pad_token_id = tokenizer.pad_token_id
     # Before the first update the policy is the reference; a resumed policy no longer is.
     model = load_policy(store.path(request.policy), policy.device).eval()
-    reference = dpo.reference_logprobs(model, pairs, pad_token_id, config)
+    use_precision(model, config.precision)
+    reference = dpo.reference_logprobs(model, pairs, config)
     del model
     result = supervised.train(
         policy,
         section="rl.dpo",
         record_ids=[str(record["id"]) for record in records],
         micro_losses=lambda rows: dpo.micro_losses(
-            policy, [pairs[row] for row in rows], reference.select(rows), pad_token_id, config
+            policy, [pairs[row] for row in rows], reference.select(rows), config
         ),
         settings=config,
         seed=request.seed,

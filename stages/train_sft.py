@@ -20,9 +20,10 @@ from schemas.requests import TrainSFTRequest
 from schemas.training import LoRAConfig, SFTConfig
 from stages import supervised
 from stages.data.records import read_records
-from stages.forward import hidden_states, logprobs_at
+from stages.forward import hidden_states, weighted_logprobs_at
 from stages.models import load_base, max_positions, num_parameters, save_model, to_device
 from stages.packing import micro_batches, pack
+from stages.precision import use_precision
 from stages.provenance import provenance
 from stages.stability import write_audit
 from stages.tokenization import encode_messages, encode_pair
@@ -55,14 +56,13 @@ def run(request: TrainSFTRequest, *, run_dir: Path, tracker: Tracker) -> PolicyC
     records = read_records(store.path(request.demonstrations))
     examples, num_truncated = encode(records, tokenizer, config)
     to_device(model, resolve_device(request.runtime.device))
+    use_precision(model, config.precision)
     trained = _with_adapters(model, config.lora, request.seed) if config.lora else model
     result = supervised.train(
         trained,
         section="sft",
         record_ids=[str(record["id"]) for record in records],
-        micro_losses=lambda indices: micro_losses(
-            trained, [examples[i] for i in indices], tokenizer.pad_token_id, config
-        ),
+        micro_losses=lambda indices: micro_losses(trained, [examples[i] for i in indices], config),
         settings=config,
         seed=request.seed,
         run_dir=run_dir,
@@ -123,33 +123,27 @@ def encode(
 
 
 def micro_losses(
-    model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, config: SFTConfig
+    model: PreTrainedModel, examples: Sequence[Example], config: SFTConfig
 ) -> Iterator[supervised.MicroLoss]:
     """Mean cross entropy over the trainable tokens of the optimizer step, by micro-batch."""
     denominator = sum(sum(example.trainable[1:]) for example in examples)
     lengths = [len(example.input_ids) for example in examples]
     for indices in micro_batches(lengths, config.micro_batch_tokens):
         chosen = [examples[i] for i in indices]
-        batch = pack(
-            [example.input_ids for example in chosen],
-            pad_token_id=pad_token_id,
-            device=model.device,
-            row_length=config.max_length if config.packing else None,
-        )
+        ids = [example.input_ids for example in chosen]
+        batch = pack([[]] * len(ids), ids, device=model.device)
         flat = [
             (start + t - 1, example.input_ids[t])
-            for start, example in zip(batch.starts, chosen, strict=True)
+            for start, example in zip(batch.completion_starts, chosen, strict=True)
             for t in range(1, len(example.input_ids))
             if example.trainable[t]
         ]
         index = torch.tensor(flat, dtype=torch.long, device=model.device)
         causal = _inner(model) if config.lora else model
-        logprobs, entropy = logprobs_at(
-            causal, hidden_states(causal, batch), index[:, 0], index[:, 1]
-        )
-        yield supervised.MicroLoss(
-            -logprobs.sum() / denominator, {"entropy": entropy.sum().item() / denominator}
-        )
+        hidden = hidden_states(causal, batch)
+        weights = torch.full((len(flat),), -1 / denominator, device=model.device)
+        loss, _, entropy = weighted_logprobs_at(causal, hidden, index[:, 0], index[:, 1], weights)
+        yield supervised.MicroLoss(loss, {"entropy": entropy.sum().item() / denominator})
 
 
 def _example(record: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> Example:

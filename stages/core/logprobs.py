@@ -5,10 +5,12 @@ vocabulary. `logits[:, t]` must already be the distribution of `targets[:, t]`: 
 is the caller's. Targets at masked positions must still be ids in [0, _V). Natural logarithm, nats.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from stages.core.masks import upcast
 
@@ -47,24 +49,169 @@ def chunked_token_logprobs(
     hidden [_N, _H], weight [_V, _H], targets long [_N], bias [_V]. Returns (logprobs [_N],
     entropy [_N]); logprobs are differentiable in hidden, weight and bias, entropy is detached.
     Logits exist for chunk_size tokens at a time; the backward pass computes them again. The
-    product is in the dtype of hidden and weight, as the model's own head would do it; the softmax
-    is in float32 or float64. Raises ValueError unless temperature > 0 and chunk_size >= 1.
+    product is in the dtype of hidden, as the model's own head would do it; the softmax, and the
+    sum of the weight's gradient over chunks, are in float32 or float64. Raises ValueError unless
+    temperature > 0 and chunk_size >= 1.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    head = _Head(temperature, chunk_size)
+    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, bias, targets, head)  # type: ignore[no-untyped-call]
+    return logprobs, entropy
 
-    def one_chunk(chunk: Tensor, chunk_targets: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs = _log_softmax(functional.linear(chunk, weight, bias), temperature)
-        return _gather(log_probs, chunk_targets), _entropy(log_probs.detach())
 
-    chunks = [
-        checkpoint(one_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in zip(
-            torch.split(hidden, chunk_size), torch.split(targets, chunk_size), strict=True
-        )
-    ]
-    logprobs, entropy = zip(*chunks, strict=True)
-    return torch.cat(logprobs), torch.cat(entropy)
+def weighted_logprob_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of token_weights [_N] times `chunked_token_logprobs`, with its gradient from one pass.
+
+    For losses that are linear in the log-probabilities, such as cross entropy: the logits of a
+    chunk are made once, where `chunked_token_logprobs` makes them twice. Returns (sum, logprobs
+    [_N], entropy [_N]); only the sum is differentiable. Raises as `chunked_token_logprobs` does.
+    """
+    head = _Head(temperature, chunk_size)
+    found = _WeightedSum.apply(hidden, weight, bias, targets, token_weights, head)  # type: ignore[no-untyped-call]
+    total, logprobs, entropy = found
+    return total, logprobs, entropy
+
+
+class _Head:
+    """The output head, a chunk of tokens at a time."""
+
+    def __init__(self, temperature: float, chunk_size: int) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+
+    def chunks(self, num_tokens: int) -> list[slice]:
+        """Which tokens go together."""
+        return [slice(i, i + self.chunk_size) for i in range(0, num_tokens, self.chunk_size)]
+
+    def log_probs(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Log-softmax of a chunk's tempered logits, [chunk, _V]."""
+        return _log_softmax(functional.linear(hidden, weight, bias), self.temperature)
+
+
+class _Gradients:
+    """Sums over chunks of the gradients of sum(upstream * logprobs)."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]
+    ) -> None:
+        wide = upcast(weight.new_empty(0)).dtype
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
+        self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None
+
+    def add(
+        self,
+        chunk: slice,
+        log_probs: Tensor,
+        targets: Tensor,
+        upstream: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        temperature: float,
+    ) -> None:
+        """d logprob / d logit = (onehot - softmax) / temperature. Overwrites log_probs."""
+        scaled = upstream / temperature
+        d_logits = log_probs.exp_().mul_(-scaled[:, None])
+        d_logits.scatter_add_(1, targets[:, None], scaled[:, None])
+        if self.bias is not None:
+            self.bias += d_logits.sum(0)
+        d_logits = d_logits.to(hidden.dtype)
+        if self.hidden is not None:
+            self.hidden[chunk] = d_logits @ weight
+        if self.weight is not None:
+            self.weight += d_logits.T @ hidden
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.head = head
+        product_weight = weight.to(hidden.dtype)
+        logprobs, entropy = [], []
+        for chunk in head.chunks(len(hidden)):
+            log_probs = head.log_probs(hidden[chunk], product_weight, bias)
+            logprobs.append(_gather(log_probs, targets[chunk]))
+            entropy.append(_entropy_value(log_probs))
+        ctx.mark_non_differentiable(joined := _joined(entropy, hidden))
+        return _joined(logprobs, hidden), joined
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        head: _Head = ctx.head
+        product_weight = weight.to(hidden.dtype)
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        for chunk in head.chunks(len(hidden)):
+            gradients.add(
+                chunk,
+                head.log_probs(hidden[chunk], product_weight, bias),
+                targets[chunk],
+                upstream[chunk],
+                hidden[chunk],
+                product_weight,
+                head.temperature,
+            )
+        return gradients.hidden, gradients.weight, gradients.bias, None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        token_weights: Tensor,
+        head: _Head,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        product_weight = weight.to(hidden.dtype)
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        logprobs, entropy = [], []
+        for chunk in head.chunks(len(hidden)):
+            log_probs = head.log_probs(hidden[chunk], product_weight, bias)
+            logprobs.append(_gather(log_probs, targets[chunk]))
+            entropy.append(_entropy_value(log_probs))
+            gradients.add(
+                chunk,
+                log_probs,
+                targets[chunk],
+                token_weights[chunk],
+                hidden[chunk],
+                product_weight,
+                head.temperature,
+            )
+        ctx.gradients = gradients
+        found = _joined(logprobs, hidden), _joined(entropy, hidden)
+        ctx.mark_non_differentiable(*found)
+        return (token_weights * found[0]).sum(), *found
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients: _Gradients = ctx.gradients
+        scaled = [
+            None if gradient is None else gradient * upstream.to(gradient.dtype)
+            for gradient in (gradients.hidden, gradients.weight, gradients.bias)
+        ]
+        return *scaled, None, None, None
+
+
+def _joined(parts: Sequence[Tensor], hidden: Tensor) -> Tensor:
+    return torch.cat(list(parts)) if parts else upcast(hidden.new_zeros(0))
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -81,3 +228,8 @@ def _entropy(log_probs: Tensor) -> Tensor:
     probs = log_probs.exp()
     # 0 * -inf is NaN, in the value and in the gradient, unless the -inf is replaced first.
     return -(probs * torch.where(probs > 0, log_probs, 0.0)).sum(dim=-1)
+
+
+def _entropy_value(log_probs: Tensor) -> Tensor:
+    """`_entropy` without a gradient, in fewer passes; NaN here is 0 * -inf and nothing else."""
+    return -log_probs.exp().mul_(log_probs).nansum(dim=-1)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from infra.store import Store
 from schemas.artifacts import ModelContract, RewardModelCheckpoint
 from schemas.rewards import RewardConfig
+from schemas.training import Precision
 from stages.core.shaping import aggregate_steps, potential_based
 from stages.forward import Sequences
 from stages.models import check_contract
@@ -69,7 +70,6 @@ class Rewarder:
         sequences = Sequences(
             [rollout.prompt_ids for rollout in rollouts],
             [rollout.completion_ids for rollout in rollouts],
-            self._tokenizer.pad_token_id,
         )
         components: dict[str, Tensor] = {}
         scores = torch.zeros(len(rollouts))
@@ -129,6 +129,7 @@ def build_rewarder(
     process: RewardModelCheckpoint | None,
     step_separator: str,
     max_tokens: int,
+    precision: Precision,
     device: torch.device,
 ) -> Rewarder:
     """Load what the configuration names. Raises UserError where a model does not fit the policy."""
@@ -137,7 +138,7 @@ def build_rewarder(
         if getattr(config, name) is not None:
             assert checkpoint is not None and checkpoint.kind == name
             check_contract("the policy", contract, f"the {name} reward model", checkpoint.contract)
-            loaded[name] = load_scorer(store.path(checkpoint), name, device)
+            loaded[name] = load_scorer(store.path(checkpoint), name, device, precision)
     return Rewarder(
         config,
         tokenizer,

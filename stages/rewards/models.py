@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from schemas.training import Precision
 from stages import heartbeat
 from stages.forward import Sequences, scores_at
 from stages.models import load_with_head, to_device
-from stages.packing import micro_batches
+from stages.precision import use_precision
 
 
-def load_scorer(folder: Path, kind: str, device: torch.device) -> PreTrainedModel:
+def load_scorer(
+    folder: Path, kind: str, device: torch.device, precision: Precision
+) -> PreTrainedModel:
     """A frozen reward model; kind is `outcome` or `process`."""
-    model = to_device(load_with_head(folder, kind), device)
+    model = use_precision(to_device(load_with_head(folder, kind), device), precision)
     model.eval()
     model.requires_grad_(False)
     return model
@@ -27,7 +30,7 @@ def load_scorer(folder: Path, kind: str, device: torch.device) -> PreTrainedMode
 def outcome_scores(model: PreTrainedModel, sequences: Sequences, max_tokens: int) -> Tensor:
     """The raw score at the last token of each sequence, [_B]."""
     scores = torch.zeros(len(sequences), device=model.device)
-    for indices in micro_batches(sequences.lengths(), max_tokens):
+    for indices in sequences.micro_batches(max_tokens):
         heartbeat.beat(f"scoring {len(sequences)} completions with the outcome reward model")
         chosen = sequences.select(indices)
         scores[indices] = scores_at(model, chosen, [[n - 1] for n in chosen.lengths()])[:, 0]
@@ -47,8 +50,7 @@ def step_scores(
     """
     scores = [torch.zeros(0, device=model.device) for _ in range(len(sequences))]
     scored = [index for index, ends in enumerate(step_ends) if ends]
-    lengths = sequences.lengths()
-    for batch in micro_batches([lengths[index] for index in scored], max_tokens):
+    for batch in sequences.select(scored).micro_batches(max_tokens):
         heartbeat.beat(f"scoring {len(sequences)} completions with the process reward model")
         indices = [scored[i] for i in batch]
         chosen = sequences.select(indices)

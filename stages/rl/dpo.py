@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from schemas.rl import DPOConfig
 from stages.core.losses import dpo_loss
 from stages.forward import Sequences, all_completion_logprobs, completion_logprobs
-from stages.packing import micro_batches
 from stages.supervised import MicroLoss
-from stages.train_reward_model import Pair
+from stages.train_reward_model import Pair, pair_batches
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,10 @@ def loss(
 
 
 def reference_logprobs(
-    model: PreTrainedModel, pairs: Sequence[Pair], pad_token_id: int, config: DPOConfig
+    model: PreTrainedModel, pairs: Sequence[Pair], config: DPOConfig
 ) -> PairLogprobs:
     """The reference's log-probabilities of every pair, once for the whole stage."""
-    sequences = _both_sides(pairs, pad_token_id)
+    sequences = _both_sides(pairs)
     width = max(len(completion) for completion in sequences.completion_ids)
     logprobs = all_completion_logprobs(model, sequences, width, config.micro_batch_tokens, 1.0)
     return _reduce(logprobs, pairs, config)
@@ -67,14 +66,12 @@ def micro_losses(
     model: PreTrainedModel,
     pairs: Sequence[Pair],
     reference: PairLogprobs,
-    pad_token_id: int,
     config: DPOConfig,
 ) -> Iterator[MicroLoss]:
     """Mean loss over the pairs of the optimizer step, by micro-batch."""
-    lengths = [pair.length() for pair in pairs]
-    for rows in micro_batches(lengths, config.micro_batch_tokens // 2):
+    for rows in pair_batches(pairs, config.micro_batch_tokens):
         chosen = [pairs[row] for row in rows]
-        sequences = _both_sides(chosen, pad_token_id)
+        sequences = _both_sides(chosen)
         width = max(len(completion) for completion in sequences.completion_ids)
         logprobs, _ = completion_logprobs(model, sequences, width)
         counts = torch.tensor([len(p.chosen_ids) for p in chosen], device=logprobs.device)
@@ -92,10 +89,10 @@ def micro_losses(
         )
 
 
-def _both_sides(pairs: Sequence[Pair], pad_token_id: int) -> Sequences:
+def _both_sides(pairs: Sequence[Pair]) -> Sequences:
     prompts = [pair.prompt_ids for pair in pairs]
     completions = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-    return Sequences(prompts * 2, completions, pad_token_id)
+    return Sequences(prompts * 2, completions)
 
 
 def _reduce(logprobs: Tensor, pairs: Sequence[Pair], config: DPOConfig) -> PairLogprobs:

@@ -125,7 +125,6 @@ class _Parts:
     stability: Stability
     checkpoints: Checkpoints
     traces: Traces
-    pad_token_id: int
     engine_is_exact: bool
 
 
@@ -138,7 +137,6 @@ def train(
     held_out: Sequence[PromptRecord],
     config: OnlineConfig,
     *,
-    pad_token_id: int,
     decode: Callable[[Sequence[int]], str],
     engine_is_exact: bool,
     seed: int,
@@ -160,7 +158,6 @@ def train(
         prompts,
         held_out,
         config,
-        pad_token_id=pad_token_id,
         decode=decode,
         engine_is_exact=engine_is_exact,
         seed=seed,
@@ -219,7 +216,6 @@ def _parts(
     held_out: Sequence[PromptRecord],
     config: OnlineConfig,
     *,
-    pad_token_id: int,
     decode: Callable[[Sequence[int]], str],
     engine_is_exact: bool,
     seed: int,
@@ -238,7 +234,6 @@ def _parts(
         stability=Stability(config.stability, "rl.online.stability"),
         checkpoints=_checkpoints(run_dir, learner),
         traces=Traces(run_dir / "traces", config, decode),
-        pad_token_id=pad_token_id,
         engine_is_exact=engine_is_exact,
     )
 
@@ -274,7 +269,6 @@ def _learn(parts: _Parts, found: ScoredRollouts, step: int, step_seed: int) -> d
         models.reference if algorithm.needs_reference else None,
         models.critic,
         config=config,
-        pad_token_id=parts.pad_token_id,
         engine_is_exact=parts.engine_is_exact,
     )
     credit = algorithm.credit(experience, step)

@@ -136,26 +136,26 @@ def make_experience(
     critic: Critic | None,
     *,
     config: OnlineConfig,
-    pad_token_id: int,
     engine_is_exact: bool,
 ) -> Experience:
     """Tensors of a rollout batch.
 
     engine_is_exact: the engine samples from the trainer's own weights and its log-probabilities
-    are the policy's, so no second pass is made for `old_logprobs`.
+    are the policy's, so no second pass is made for `old_logprobs`. Nor is one where a batch makes
+    a single optimizer step: `update` takes them from that step's own pass, and until then those
+    of the engine stand for them.
     """
     rollouts = found.rollouts
     device = policy.device
     sequences = Sequences(
         [rollout.prompt_ids for rollout in rollouts],
         [rollout.completion_ids for rollout in rollouts],
-        pad_token_id,
     )
     width = max(len(rollout.completion_ids) for rollout in rollouts)
     mask = _mask(rollouts, width, config.mask_truncated).to(device)
     rollout_logprobs = _padded([rollout.rollout_logprobs for rollout in rollouts], width).to(device)
     temperature, max_tokens = config.sampling.temperature, config.micro_batch_tokens
-    if engine_is_exact:
+    if engine_is_exact or single_update(config):
         old_logprobs = rollout_logprobs
     else:
         old_logprobs = all_completion_logprobs(policy, sequences, width, max_tokens, temperature)
@@ -178,6 +178,11 @@ def make_experience(
         values=values,
         values_after=values_after,
     )
+
+
+def single_update(config: OnlineConfig) -> bool:
+    """Whether a rollout batch makes one optimizer step, so that all of it is on policy."""
+    return config.num_epochs * config.num_mini_batches == 1
 
 
 def _mask(rollouts: Sequence[Rollout], width: int, mask_truncated: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from stages.core.losses import mismatch_kl, mismatch_weights
 from stages.core.masks import masked_sum
 from stages.forward import completion_outputs, completion_values
 from stages.optimization import Optimizer
-from stages.packing import micro_batches
 from stages.rl.algorithms import OnlineAlgorithm
 from stages.rl.experience import Credit, Experience, TrainBatch
+from stages.rl.rollouts import single_update
 from stages.rollout.types import Rollout
 from stages.shared_critic import Critic, SharedCritic
 from stages.stability import Stability, Unstable
@@ -156,6 +156,8 @@ def _policy_gradient(
             experience.width,
             config.sampling.temperature,
         )
+        if not engine_is_exact and single_update(config):
+            micro = replace(micro, old_logprobs=logprobs.detach())
         token_loss = algorithm.loss(logprobs, micro)
         per_token = token_loss.per_token
         if not engine_is_exact:
@@ -268,11 +270,8 @@ def _mini_batches(experience: Experience, config: OnlineConfig, seed: int) -> li
 
 
 def _micro(experience: Experience, rows: Sequence[int], max_tokens: int) -> list[list[int]]:
-    lengths = experience.sequences.lengths()
-    return [
-        [rows[i] for i in indices]
-        for indices in micro_batches([lengths[row] for row in rows], max_tokens)
-    ]
+    batches = experience.sequences.select(rows).micro_batches(max_tokens)
+    return [[rows[i] for i in indices] for indices in batches]
 
 
 def _check_mismatch(observed: float, config: OnlineConfig) -> None:

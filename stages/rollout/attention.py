@@ -12,6 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from stages import attention as packed
+
 _NAME = "posttrain_decode"
 
 
@@ -23,7 +25,8 @@ def decode_attention(model: PreTrainedModel) -> Iterator[None]:
     grouped heads, keys and values are first copied once for each query head): without it sampling
     is 1.3 times as fast in float32, and twice in bfloat16 (135M parameters, 32 rows).
     """
-    if model.config._attn_implementation != "sdpa":
+    former = model.config._attn_implementation
+    if former not in ("sdpa", packed.NAME):
         yield
         return
     AttentionInterface.register(_NAME, _attend)
@@ -32,7 +35,7 @@ def decode_attention(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(former)
 
 
 def _attend(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from schemas.rl import SamplingConfig
 from stages import heartbeat
+from stages.precision import constant_weights
 from stages.rollout.attention import decode_attention
 from stages.rollout.checks import check_lengths
 from stages.rollout.decoding import Completions, Context
@@ -58,7 +59,12 @@ class NativeEngine:
         rows = [(prompt, number) for prompt in order for number in range(num_samples)]
         found: dict[Row, Rollout] = {}
         model = self._model
-        with _evaluating(model), decode_attention(model), torch.inference_mode():
+        with (
+            _evaluating(model),
+            decode_attention(model),
+            constant_weights(model),
+            torch.inference_mode(),
+        ):
             for start in range(0, len(rows), self._max_batch_size):
                 batch = rows[start : start + self._max_batch_size]
                 found.update(self._decode(prompt_ids, batch, sampling, seed))

@@ -186,7 +186,7 @@ def ours_online(
     assert config.online is not None
     temperature = config.online.sampling.temperature
     prompts = [tokenizer(PROMPTS[i // GROUP]).input_ids for i in range(len(completions))]
-    sequences = Sequences(prompts, completions, tokenizer.pad_token_id)
+    sequences = Sequences(prompts, completions)
     width = max(len(row) for row in completions)
     policy, reference = load_policy(folder, CPU), load_policy(folder, CPU)
     old, new = old_and_new(policy)
@@ -404,9 +404,9 @@ def test_dpo(
             **our_settings,
         }
     )
-    ref_logprobs = dpo.reference_logprobs(reference, pairs, tokenizer.pad_token_id, config)
+    ref_logprobs = dpo.reference_logprobs(reference, pairs, config)
     loss = 0.0
-    for micro in dpo.micro_losses(policy, pairs, ref_logprobs, tokenizer.pad_token_id, config):
+    for micro in dpo.micro_losses(policy, pairs, ref_logprobs, config):
         micro.loss.backward()
         loss += micro.loss.item()
 
@@ -447,7 +447,7 @@ def test_reward_model(
         }
     )
     loss = 0.0
-    for micro in train_reward_model.micro_losses(model, pairs, tokenizer.pad_token_id, config):
+    for micro in train_reward_model.micro_losses(model, pairs, config):
         micro.loss.backward()
         loss += micro.loss.item()
     assert_agree((loss, gradient(model)), (their_loss, their_gradient))
@@ -460,7 +460,7 @@ def test_reward_model_with_a_margin_for_each_pair(
     model, their_loss, their_gradient = their_reward_model(
         folder, tokenizer, pairs, tmp_path, margins, 0.0
     )
-    chosen, rejected = train_reward_model.score_pairs(model, pairs, tokenizer.pad_token_id)
+    chosen, rejected = train_reward_model.score_pairs(model, pairs)
     loss = bradley_terry_loss(chosen, rejected, torch.tensor(margins)).mean()
     loss.backward()
     assert_agree((loss.item(), gradient(model)), (their_loss, their_gradient))

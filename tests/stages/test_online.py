@@ -147,7 +147,6 @@ def train(
             rewarder(tokenizer, folder),
             *split_held_out(prompts(tokenizer), config.online.stability.held_out),
             config.online,
-            pad_token_id=tokenizer.pad_token_id,
             decode=partial(decode, tokenizer),
             engine_is_exact=True,
             seed=3,

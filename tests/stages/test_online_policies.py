@@ -149,7 +149,6 @@ def train(
             prompts(tokenizer),
             held_out,
             config.online,
-            pad_token_id=tokenizer.pad_token_id,
             decode=partial(decode, tokenizer),
             engine_is_exact=True,
             seed=SEED,

@@ -48,9 +48,7 @@ def experience(
     old = torch.full(mask.shape, -1.0)
     return Experience(
         rollouts=rollouts,
-        sequences=Sequences(
-            [r.prompt_ids for r in rollouts], [r.completion_ids for r in rollouts], 0
-        ),
+        sequences=Sequences([r.prompt_ids for r in rollouts], [r.completion_ids for r in rollouts]),
         rewards=rewards,
         group_ids=torch.tensor(groups),
         completion_mask=mask,

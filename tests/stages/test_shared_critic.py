@@ -14,7 +14,7 @@ from stages.shared_critic import SharedCritic
 from tests.stages.fakes import MemoryTracker
 from tests.stages.test_online import ALGORITHMS, train
 
-SEQUENCES = Sequences([[1, 2], [3]], [[4, 5, 6], [7]], 0)
+SEQUENCES = Sequences([[1, 2], [3]], [[4, 5, 6], [7]])
 
 
 @pytest.fixture

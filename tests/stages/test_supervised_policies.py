@@ -69,7 +69,7 @@ def train(
         calls += 1
         if calls == die_at:
             raise Killed
-        for micro in micro_losses(model, [data[i] for i in indices], 0, config):
+        for micro in micro_losses(model, [data[i] for i in indices], config):
             yield poison(model, micro) if indices in bad else micro
 
     try:
@@ -100,7 +100,7 @@ def by_hand(schedule: list[tuple[int, int, float]]) -> PreTrainedModel:
     ]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for step, place, factor in schedule:
-        for micro in micro_losses(model, [data[i] for i in slot(place)], 0, CONFIG):
+        for micro in micro_losses(model, [data[i] for i in slot(place)], CONFIG):
             micro.loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in adamw.param_groups:
@@ -238,7 +238,7 @@ def test_stop_is_the_default_and_comes_before_any_gradient(tmp_path: Path) -> No
     data = examples()
 
     def losses(indices: list[int]) -> Iterator[MicroLoss]:
-        for micro in micro_losses(model, [data[i] for i in indices], 0, CONFIG):
+        for micro in micro_losses(model, [data[i] for i in indices], CONFIG):
             yield not_a_number(model, micro)
             # Not come to: the first micro-batch has ended the step.
             raise AssertionError

@@ -11,6 +11,7 @@ from stages.core.logprobs import (
     chunked_token_logprobs,
     token_logprobs,
     token_logprobs_and_entropy,
+    weighted_logprob_sum,
 )
 
 
@@ -176,3 +177,53 @@ def test_chunked_never_holds_more_than_a_chunk_of_logits() -> None:
         logprobs = token_logprobs(hidden @ weight.T, targets)
         assert watch.num_alive(min_numel=4 * 50) > 0
     assert watch.largest == 64 * 50
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+def test_a_weighted_sum_and_its_gradient_come_from_one_pass(chunk_size: int) -> None:
+    leaves = [
+        random(7, 3).requires_grad_(),
+        random(5, 3, seed=1).requires_grad_(),
+        random(5, seed=2).requires_grad_(),
+    ]
+    hidden, weight, bias = leaves
+    targets = torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    weights = random(7, seed=3)
+    total, logprobs, entropy = weighted_logprob_sum(
+        hidden, weight, targets, weights, 0.6, chunk_size, bias
+    )
+    expected, expected_entropy = token_logprobs_and_entropy(hidden @ weight.T + bias, targets, 0.6)
+    torch.testing.assert_close(logprobs, expected)
+    torch.testing.assert_close(entropy, expected_entropy)
+    torch.testing.assert_close(total, (expected * weights).sum())
+    assert total.requires_grad and not logprobs.requires_grad and not entropy.requires_grad
+    # Twice the sum, so that what comes from above counts.
+    got = torch.autograd.grad(2 * total, leaves)
+    want = torch.autograd.grad((2 * expected * weights).sum(), leaves)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden = random(4, 3).float().requires_grad_()
+    total, _, _ = weighted_logprob_sum(
+        hidden, random(5, 3, seed=1).float(), torch.tensor([0, 1, 2, 3]), torch.ones(4)
+    )
+    total.backward()
+    assert hidden.grad is not None and bool(hidden.grad.any())
+
+
+def test_in_bfloat16_the_gradient_of_the_weight_is_summed_in_float32() -> None:
+    """The format of the products follows hidden; rounding does not grow with the chunks."""
+    hidden = random(64, 8).bfloat16()
+    weight = random(6, 8, seed=1).float().requires_grad_()
+    targets = torch.arange(64) % 6
+    sums = []
+    for chunk_size in (1, 64):
+        logprobs, _ = chunked_token_logprobs(hidden, weight, targets, 1.0, chunk_size)
+        assert logprobs.dtype == torch.float32
+        (gradient,) = torch.autograd.grad(logprobs.sum(), weight)
+        assert gradient.dtype == torch.float32
+        sums.append(gradient)
+    exact = torch.autograd.grad(token_logprobs(hidden.float() @ weight.T, targets).sum(), weight)[0]
+    for found in sums:
+        assert (found - exact).norm() / exact.norm() < 0.02

@@ -1,0 +1,70 @@
+"""Number format of the matrix products: float32, or bfloat16 by torch's autocast.
+
+Weights, optimizer state, normalisation, softmax and losses stay in float32 either way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from schemas.training import Precision
+
+logger = logging.getLogger(__name__)
+
+_ATTRIBUTE = "_posttrain_compute_dtype"
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def use_precision(model: _Model, precision: Precision) -> _Model:
+    """Let a model's backbone compute in a number format; returns the model.
+
+    Each call of the backbone is an autocast region of its own: a longer one would go on using
+    copies of weights that an optimizer has changed since.
+    """
+    if precision == "float32":
+        return model
+    backbone = model.base_model
+    assert isinstance(backbone, nn.Module)
+    device = next(backbone.parameters()).device
+    if not has_fast_bfloat16(device):
+        logger.warning("%s has no bfloat16 units: bfloat16 will be slower than float32", device)
+    backbone.forward = torch.autocast(device.type, torch.bfloat16)(backbone.forward)
+    setattr(backbone, _ATTRIBUTE, torch.bfloat16)
+    return model
+
+
+@contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """While it lasts no weight changes, so that each is turned into bfloat16 only once."""
+    dtype = compute_dtype(model)
+    device = next(model.parameters()).device
+    if dtype == next(model.parameters()).dtype:
+        yield
+        return
+    with torch.autocast(device.type, dtype):
+        yield
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """What a head on the backbone takes its products in."""
+    dtype: torch.dtype | None = getattr(model.base_model, _ATTRIBUTE, None)
+    return next(model.parameters()).dtype if dtype is None else dtype
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -1,0 +1,76 @@
+"""bfloat16 products: near the float32 gradient, and never with stale weights."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from schemas.rl import SamplingConfig
+from stages.forward import Sequences, completion_logprobs
+from stages.precision import compute_dtype, use_precision
+from stages.rollout.native import NativeEngine
+
+SEQUENCES = Sequences(
+    [[1, 2, 3], [1, 2, 3], [4, 5]], [[(7 * i) % 29 + 1 for i in range(n)] for n in (40, 25, 60)]
+)
+
+
+def fresh(precision: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    model: PreTrainedModel = LlamaForCausalLM(config)
+    return use_precision(model, precision)  # type: ignore[arg-type]
+
+
+def gradient(model: PreTrainedModel) -> torch.Tensor:
+    logprobs, _ = completion_logprobs(model, SEQUENCES, 60)
+    assert logprobs.dtype == torch.float32
+    logprobs.sum().backward()  # type: ignore[no-untyped-call]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    return torch.cat([grad.flatten() for grad in grads]).double()
+
+
+def test_the_gradient_points_where_that_of_float32_does() -> None:
+    exact, rough = gradient(fresh("float32")), gradient(fresh("bfloat16"))
+    assert not torch.equal(exact, rough)
+    assert torch.nn.functional.cosine_similarity(exact, rough, dim=0) > 0.999
+
+
+def test_weights_and_heads_keep_their_format() -> None:
+    model = fresh("bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert compute_dtype(model) == torch.bfloat16
+    assert compute_dtype(fresh("float32")) == torch.float32
+
+
+def test_a_step_of_the_optimizer_is_seen_by_training_and_by_sampling() -> None:
+    """Autocast keeps copies of weights within a region: none may outlive a change."""
+    model = fresh("bfloat16")
+    engine = NativeEngine(model, eos_token_ids=[0], pad_token_id=0, max_batch_size=8)
+    sampling = SamplingConfig(max_completion_tokens=12, temperature=0)
+
+    def greedy() -> list[int]:
+        return engine.generate([[1, 2, 3]], sampling, num_samples=1, seed=0)[0].completion_ids
+
+    before, logprobs = greedy(), completion_logprobs(model, SEQUENCES, 60)[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-1.5)
+    after = greedy()
+    other = use_precision(LlamaForCausalLM(model.config), "bfloat16")
+    other.load_state_dict(model.state_dict())
+    fresh_engine = NativeEngine(other, eos_token_ids=[0], pad_token_id=0, max_batch_size=8)
+    expected = fresh_engine.generate([[1, 2, 3]], sampling, num_samples=1, seed=0)[0]
+    assert after == expected.completion_ids != before
+    changed = completion_logprobs(model, SEQUENCES, 60)[0]
+    torch.testing.assert_close(changed, completion_logprobs(other, SEQUENCES, 60)[0])
+    assert not torch.allclose(changed, logprobs)
