@@ -70,12 +70,6 @@ class Archive:
                 return None
         return artifact
 
-    def latest_checkpoint(self, fingerprint: str) -> str | None:
-        """Name of the newest checkpoint of unfinished work, or None."""
-        folder = self.store.work_folder / fingerprint / "checkpoints"
-        names = sorted(path.name for path in folder.glob("[!.]*")) if folder.is_dir() else []
-        return names[-1] if names else None
-
     def incumbent(self, candidate: PolicyCheckpoint) -> PolicyCheckpoint | None:
         """The champion that a candidate has to beat, or None while there is none.
 

@@ -28,6 +28,8 @@ _SECTIONS = {
 }
 """Section of the recipe that a stage's `config` comes from, where it has another name."""
 _MISSING = "(not set)"
+_NEAR = 5
+"""Fields in which unfinished work may differ to be spoken of when a stage starts anew."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,29 @@ def nearest(store: Store, fields: dict[str, Any]) -> tuple[str, tuple[Change, ..
     return None if best is None else (best[2], best[3])
 
 
+def left_behind(node: Node, request: StageRequest, store: Store) -> str | None:
+    """What to say where a stage starts anew though work much like it was begun; else None.
+
+    That is work of the same stage with a checkpoint, which no other run is at, and which differs
+    in a few fields at most.
+    """
+    fields = fingerprint_fields(request)
+    best: tuple[tuple[Change, ...], str, str] | None = None
+    for fingerprint, earlier, checkpoint in store.unfinished():
+        if fingerprint == request.fingerprint or earlier.get("stage") != fields["stage"]:
+            continue
+        changes = differences(earlier, fields)
+        if len(changes) > _NEAR or (best is not None and len(changes) >= len(best[0])):
+            continue
+        with store.try_lock(fingerprint) as free:
+            if free:
+                best = changes, fingerprint, checkpoint
+    if best is None:
+        return None
+    what = "; ".join(_describe(node, change) for change in best[0])
+    return f"starting anew: {what} (checkpoint {best[2]} of {best[1][:12]} is not used)"
+
+
 def print_explanations(console: Console, explanations: list[Explanation]) -> None:
     """One block a stage: what would happen, and under it why."""
     styles = {"reuse": "green", "resume": "yellow", "run": "cyan"}
@@ -139,9 +164,12 @@ def _explain(
 ) -> Explanation:
     if planned.artifact is not None:
         return Explanation(planned, (planned.reason, *_packages(planned.artifact)))
-    if planned.changed:
+    if planned.changed and planned.fingerprint and store.find(planned.fingerprint):
         return Explanation(planned, (planned.reason,), planned.fingerprint)
     reasons = [] if planned.reason == "not done before" else [planned.reason]
+    if planned.action == "run" and planned.fingerprint is not None and request is not None:
+        begun = left_behind(node, request, store)
+        reasons.extend([] if begun is None else [begun])
     found = nearest(store, fingerprint_fields(request)) if request is not None else None
     if found is None:
         reasons.append(f"no earlier artifact of {node.name} to compare with")

@@ -33,7 +33,7 @@ class PlannedStage:
     artifact: Artifact | None = None
     """What is reused."""
     changed: tuple[str, ...] = ()
-    """Files whose code has changed since the artifact of the same work was made."""
+    """Files whose code has changed since the artifact or checkpoint of the same work was made."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,18 @@ def plan_stage(
         return PlannedStage(
             node.name, "reuse", reason, node.needs, request.fingerprint, found, changed
         )
-    checkpoint = archive.latest_checkpoint(request.fingerprint)
+    checkpoint = archive.store.latest_checkpoint(request.fingerprint)
     if checkpoint is not None:
+        changed = tuple(changed_code(archive.store.checkpoint_code(request.fingerprint)))
+        action: Action = "resume"
+        reason = f"from {checkpoint.name}"
+        if changed and rerun_changed_code:
+            action = "run"
+            reason = f"anew, for the code has changed since {checkpoint.name}: {_listed(changed)}"
+        elif changed:
+            reason += f", though the code has changed since: {_listed(changed)}"
         return PlannedStage(
-            node.name, "resume", f"from {checkpoint}", node.needs, request.fingerprint
+            node.name, action, reason, node.needs, request.fingerprint, changed=changed
         )
     return PlannedStage(node.name, "run", "not done before", node.needs, request.fingerprint)
 

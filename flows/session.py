@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from flows.archive import Archive
+from flows.explain import left_behind
 from flows.graph import Node, build_graph
 from flows.installed import check_installed
 from flows.listener import Listener, listener
@@ -108,6 +109,41 @@ class Session:
         self.watcher.note(f"{node.name}: again, for the code has changed: {', '.join(changed)}")
         return True
 
+    def _look_at_checkpoint(
+        self, node: Node, request: StageRequest, log: Callable[[str], None]
+    ) -> None:
+        """Say what a stage goes on from; put aside, if that is asked for, what other code began.
+
+        Where it goes on from nothing, say so if work much like it was begun before.
+        """
+        checkpoint = self.store.latest_checkpoint(request.fingerprint)
+        if checkpoint is None:
+            text = left_behind(node, request, self.store)
+        else:
+            changed = changed_code(self.store.checkpoint_code(request.fingerprint))
+            text = None
+            if changed and self._rerun_changed_code:
+                self.store.quarantine_work(request.fingerprint)
+                text = f"anew, for the code has changed since its checkpoint: {', '.join(changed)}"
+            elif changed:
+                text = (
+                    f"resuming from {checkpoint.name}, though other code wrote it; changed since: "
+                    f"{', '.join(changed)} (--rerun-changed-code starts anew)"
+                )
+        if text is not None:
+            self.watcher.note(f"{node.name}: {text}")
+            log(text)
+
+    def _note_interventions(self, node: Node, artifact: Artifact) -> None:
+        """Say that steps of a stage were left out or taken back: nobody asked for that in vain."""
+        skipped = artifact.metrics.get("stability/num_skipped", 0.0)
+        rewinds = artifact.metrics.get("stability/num_rewinds", 0.0)
+        if skipped or rewinds:
+            self.watcher.note(
+                f"{node.name}: training was unstable: {skipped:.0f} steps were left out and it "
+                f"went back {rewinds:.0f} times; why is in {artifact.uri}/posttrain.json"
+            )
+
     def _note_identity(self, request: StageRequest) -> None:
         """Keep what the fingerprint is made of; it serves people only, so it may fail."""
         with contextlib.suppress(OSError):
@@ -190,6 +226,7 @@ class Session:
             if found is not None:
                 self._accept(node, found, "reused", 0.0, None)
                 return found
+            self._look_at_checkpoint(node, request, on_line)
             self._note_identity(request)
             work = self.store.work_dir(request.fingerprint)
             shipper = MetricsShipper(
@@ -204,6 +241,7 @@ class Session:
                     store=self.store,
                     on_line=on_line,
                     timeout=self.config.compute.stage_timeout,
+                    hang_timeout=self.config.compute.hang_timeout,
                     env={},
                 )
         artifact = outcome.artifact
@@ -214,6 +252,7 @@ class Session:
                 document = self.store.root / artifact.uri / name
                 if document.is_file():
                     self.tracking.log_file(mlflow_run_id, document)
+        self._note_interventions(node, artifact)
         status: StageStatus = "ran" if outcome.resumed_from_step is None else "resumed"
         seconds = self._spent.get(node.name, 0.0) + outcome.seconds
         self._accept(node, artifact, status, seconds, outcome.peak_memory_bytes)

@@ -17,6 +17,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from infra import heartbeat
 from infra.files import write_atomic
 from infra.store import Store
 from infra.tail import follow, last_lines
@@ -29,6 +30,8 @@ Status = Literal["done", "user_error", "failed", "terminated"]
 _GRACE_SECONDS = 20.0
 """Time to write a checkpoint between SIGTERM and SIGKILL; Prefect itself grants 30 s."""
 _POLL_SECONDS = 0.05
+_DUMP_SECONDS = 1.0
+"""Time to write the stacks of the threads."""
 _PARENT = "POSTTRAIN_PARENT_PID"
 _DEFAULTS = {
     "PYTHONUNBUFFERED": "1",
@@ -101,11 +104,13 @@ class _Child:
             return True
         return ended is not None
 
-    def wait(self, timeout: float | None) -> bool:
-        """Wait until the process has ended; False if the time ran out first."""
+    def wait(self, timeout: float | None, watch: _Watch | None = None) -> bool:
+        """Wait until the process has ended; False if the time ran out first, or `watch` says so."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.exited():
             if deadline is not None and time.monotonic() >= deadline:
+                return False
+            if watch is not None and watch.hung():
                 return False
             time.sleep(_POLL_SECONDS)
         return True
@@ -116,6 +121,13 @@ class _Child:
             return
         with contextlib.suppress(ProcessLookupError):  # ended meanwhile
             os.killpg(self.process.pid, number)
+
+    def dump_stacks(self) -> None:
+        """Have the process, and nothing that it has started, write its stacks to the log."""
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGUSR1)
+            self.wait(_DUMP_SECONDS)
 
     def stop(self, grace: float) -> None:
         """SIGTERM, time to checkpoint, SIGKILL."""
@@ -130,6 +142,46 @@ class _Child:
         return self.process.wait()
 
 
+class _Watch:
+    """Tells a stage that hangs from one that is slow, by its signs of life.
+
+    Time is this process's own, so that a clock that is set does no harm.
+    """
+
+    def __init__(self, stage: str, work: Path, limit: float | None) -> None:
+        self._stage = stage
+        self._work = work
+        self._limit = limit
+        self._seen = heartbeat.Beat(0, "starting")
+        self._since = self._looked = time.monotonic()
+        self.hung_when_last_seen = False
+
+    def hung(self) -> bool:
+        """Whether the stage has not moved on for longer than the limit."""
+        now = time.monotonic()
+        if self._limit is None or now - self._looked < min(1.0, self._limit / 10):
+            return False
+        self._looked = now
+        beat = heartbeat.read_beat(self._work)
+        if beat is not None and beat != self._seen:
+            self._seen, self._since = beat, now
+        self.hung_when_last_seen = now - self._since > self._limit
+        return self.hung_when_last_seen
+
+    def failure(self, code: int) -> StageFailed:
+        """What to say about a stage that hung."""
+        assert self._limit is not None
+        idle = self._looked - self._since
+        return StageFailed(
+            f"{self._stage} hung: it made no progress for {idle:.0f} s while {self._seen.doing} "
+            f"(sign of life {self._seen.number}), and compute.hang_timeout is {self._limit:g} s; "
+            f"it was stopped. The stacks of its threads are in {self._work / 'stage.log'}",
+            code,
+            None,
+            retryable=True,
+        )
+
+
 _live: set[_Child] = set()
 _live_lock = threading.RLock()
 """Re-entrant: a signal handler may call `terminate_all` in the thread that holds it."""
@@ -141,6 +193,7 @@ def run_stage(
     store: Store,
     on_line: Callable[[str], None],
     timeout: float | None = None,
+    hang_timeout: float | None = None,
     env: Mapping[str, str] | None = None,
 ) -> StageOutcome:
     """Run a stage to its end in a child process and return its artifact.
@@ -148,15 +201,19 @@ def run_stage(
     The caller holds `store.lock(request.fingerprint)`; the child shares that lock, so nobody else
     can write before it is gone. `on_line` gets every line that the stage prints, in another thread.
     Any exception in this thread, KeyboardInterrupt and SystemExit too, stops the child first.
+
+    timeout: seconds for the whole stage. hang_timeout: seconds without a sign of life, after which
+    the stacks of the stage's threads go to its log and it is stopped, as a failure to be retried.
     """
     work = store.work_dir(request.fingerprint)
-    (work / "result.json").unlink(missing_ok=True)
+    for name in ("result.json", heartbeat.FILE):
+        (work / name).unlink(missing_ok=True)
     write_atomic(work / "request.json", request.model_dump_json(indent=1))
     log = work / "stage.log"
     started = time.monotonic()
     with follow(log, on_line):
         child = _start(work, store.lock_descriptor(request.fingerprint), env or {})
-        code = _run_to_end(child, timeout)
+        code = _run_to_end(child, timeout, _Watch(request.stage, work, hang_timeout))
     result = _read_result(work)
     if result is not None and result.status == "done":
         artifact = store.find(request.fingerprint)
@@ -232,18 +289,23 @@ def _start(work: Path, lock: int | None, env: Mapping[str, str]) -> _Child:
     return _Child(process)
 
 
-def _run_to_end(child: _Child, timeout: float | None) -> int:
+def _run_to_end(child: _Child, timeout: float | None, watch: _Watch) -> int:
     with _live_lock:
         _live.add(child)
-    in_time = False
+    in_time = hung = False
     try:
-        in_time = child.wait(timeout)
+        in_time = child.wait(timeout, watch)
+        hung = not in_time and watch.hung_when_last_seen
+        if hung:
+            child.dump_stacks()
     finally:  # after the time limit, and after any exception
         if not in_time:
             child.stop(_GRACE_SECONDS)
         code = child.reap()
         with _live_lock:
             _live.discard(child)
+    if hung:
+        raise watch.failure(code)
     if not in_time:
         message = f"the stage took longer than {timeout:g} s and was stopped"
         raise StageFailed(message, code, None, retryable=True)

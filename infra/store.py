@@ -102,6 +102,32 @@ class Store:
             if isinstance(fields, dict):
                 yield path.parent.name, fields, made
 
+    def unfinished(self) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """Of work that has a checkpoint: fingerprint, its fields, and the newest one's name."""
+        for path in sorted(self.work_folder.glob(f"*/{_IDENTITY}")):
+            checkpoint = self.latest_checkpoint(path.parent.name)
+            try:
+                fields = json.loads(path.read_bytes())
+            except (OSError, ValueError):
+                continue  # being removed, or damaged: it is only for people
+            if checkpoint is not None and isinstance(fields, dict):
+                yield path.parent.name, fields, checkpoint.name
+
+    def latest_checkpoint(self, fingerprint: str) -> Path | None:
+        """Folder of the newest checkpoint of unfinished work, or None. It may be damaged."""
+        folder = self.work_folder / _checked(fingerprint) / "checkpoints"
+        return max(folder.glob("step-*"), default=None)
+
+    def checkpoint_code(self, fingerprint: str) -> dict[str, str]:
+        """Digests of the modules that wrote the newest checkpoint; empty where it is damaged."""
+        checkpoint = self.latest_checkpoint(fingerprint)
+        try:
+            assert checkpoint is not None
+            code = json.loads((checkpoint / "state.json").read_bytes())["code"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}  # the stage itself says what is wrong with it
+        return code if isinstance(code, dict) else {}
+
     def publish(self, fingerprint: str, artifact: Artifact) -> None:
         """Turn `work/<fingerprint>/content` into a finished artifact, by one rename.
 
@@ -157,6 +183,12 @@ class Store:
         except FileNotFoundError:
             return  # another process was faster
         self._verified = {key for key in self._verified if key[0] != fingerprint}
+
+    def quarantine_work(self, fingerprint: str) -> None:
+        """Put unfinished work aside, so that it starts anew; its lock is held."""
+        self.quarantine_folder.mkdir(parents=True, exist_ok=True)
+        target = self.quarantine_folder / f"{_checked(fingerprint)}.{time.time_ns()}"
+        (self.work_folder / fingerprint).rename(target)
 
     def remove(self, folder: Path) -> None:
         """Delete a folder of the store: it is gone by one rename, its files then one by one."""

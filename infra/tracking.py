@@ -21,7 +21,11 @@ class Tracker(Protocol):
         ...
 
     def rewind(self, step: int) -> None:
-        """Forget every step after `step`; called after a resume from a checkpoint."""
+        """Forget every step after `step`: training has gone back to it."""
+        ...
+
+    def resume(self, step: int) -> None:
+        """Go on from a checkpoint of an earlier attempt: `rewind`, and remember that."""
         ...
 
 
@@ -50,12 +54,16 @@ class FileTracker:
             file.write(line)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of later steps, which the resumed stage is about to write again."""
-        self.resumed_from_step = step
+        """Drop the lines of later steps, which the stage is about to write again."""
         lines = read_metrics(self.path)
         kept = [line for line in lines if line.step <= step]
         if len(kept) < len(lines):
             write_atomic(self.path, "".join(map(format_line, kept)))
+
+    def resume(self, step: int) -> None:
+        """Drop the lines of later steps, and keep where the stage went on."""
+        self.resumed_from_step = step
+        self.rewind(step)
 
 
 def format_line(line: MetricsLine) -> str:

@@ -32,6 +32,10 @@ class ComputeConfig(Frozen):
     """How often Prefect starts a stage again after an infrastructure failure."""
     stage_timeout: float | None = Field(default=None, gt=0)
     """Seconds after which a stage is stopped and counted as failed."""
+    hang_timeout: float | None = Field(default=3600.0, ge=60)
+    """Seconds without any progress after which a stage counts as hung: the stacks of its threads
+    go to its log, it is stopped and started again. A slow stage moves on and is left alone. The
+    default is generous, for loading a large model or starting an engine tells of no progress."""
     slot: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+$")
     """Prefect concurrency limit of which a stage that computes holds a slot: one a device."""
 

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from schemas.base import Frozen
-from schemas.training import OptimizerConfig, Precision, SupervisedConfig
+from schemas.training import OptimizerConfig, Precision, StabilityConfig, SupervisedConfig
 
 Algorithm = Literal["ppo", "grpo", "rloo", "dpo"]
 LossAggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -34,7 +34,7 @@ class RolloutConfig(Frozen):
     max_batch_size: int = Field(default=512, ge=1)
     """Most completions that are decoded at once."""
     precision: Precision = "float32"
-    """Number format of stages that only sample; while a policy is trained, `rl.online.precision`."""
+    """Number format where a stage only samples; while it trains, `rl.online.precision` holds."""
 
 
 class TraceConfig(Frozen):
@@ -44,6 +44,46 @@ class TraceConfig(Frozen):
     """Whole groups that are kept: the first ones of the rollout batch. 0 turns it off."""
     every: int = Field(default=10, ge=1)
     """Rollout batches from one kept to the next; the first and the last are always kept."""
+
+
+class HeldOutConfig(Frozen):
+    """A probe for reward hacking: prompts of `data.prompts` that this stage never trains on.
+
+    They are chosen by the digest of the prompt, and have nothing to do with `data.evaluation`,
+    which the gate alone looks at; stages before this one may have seen them. Each check answers
+    them greedily once, and the verifier judges. The case is met when in each of the last `patience`
+    checks the accuracy is more than `min_drop` below the best one, while the training reward over
+    them is above the one then.
+    """
+
+    num_prompts: int = Field(default=64, ge=1)
+    """Prompts that are held out."""
+    every: int = Field(default=10, ge=1)
+    """Rollout batches from one check to the next."""
+    patience: int = Field(default=3, ge=1)
+    """Checks in a row that must show it."""
+    min_drop: float = Field(default=0.02, ge=0, lt=1)
+    """Loss of accuracy that counts."""
+    action: Literal["stop", "rewind"] = "stop"
+    """`rewind` goes back to the step of the best accuracy."""
+
+
+class OnlineStabilityConfig(StabilityConfig):
+    """What is done when online training goes wrong, case by case."""
+
+    kl: Literal["stop", "rewind"] = "stop"
+    """The KL to the SFT policy is above `max_kl`."""
+    entropy: Literal["stop", "rewind"] = "stop"
+    """The entropy is below `min_entropy`."""
+    held_out: HeldOutConfig | None = None
+    """The training reward rises while held-out accuracy falls; None: not looked at, no prompt is
+    held out and no time is spent."""
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether any case goes back to a checkpoint."""
+        by_probe = self.held_out is not None and self.held_out.action == "rewind"
+        return super().rewinds or "rewind" in (self.kl, self.entropy) or by_probe
 
 
 class OnlineConfig(Frozen):
@@ -62,7 +102,7 @@ class OnlineConfig(Frozen):
     micro_batch_tokens: int = Field(default=16384, ge=8)
     """Token slots that go through the model at once."""
     precision: Precision = "float32"
-    """Number format of the matrix products, in sampling too; weights and optimizer state stay in float32."""
+    """Number format of the matrix products, sampling's too; weights stay in float32."""
     sampling: SamplingConfig
     """How rollouts are drawn."""
     overlong_buffer: int = Field(default=0, ge=0)
@@ -83,13 +123,22 @@ class OnlineConfig(Frozen):
     patience: int = Field(default=20, ge=1)
     """Steps over which `max_zero_variance_fraction` is measured."""
     max_kl: float | None = Field(default=None, gt=0)
-    """The stage stops when the mean sequence KL to the SFT policy, in nats, is above; or None."""
+    """Limit of the mean sequence KL to the SFT policy, in nats, for `stability.kl`; or None."""
     min_entropy: float | None = Field(default=None, gt=0)
-    """The stage stops when the mean entropy of a token, in nats, is below; or None."""
+    """Floor of the mean entropy of a token, in nats, for `stability.entropy`; or None."""
+    stability: OnlineStabilityConfig = OnlineStabilityConfig()
+    """What is done when training goes wrong."""
     trace: TraceConfig = TraceConfig()
     """Rollouts that are kept to look at credit."""
     checkpoint_every: int = Field(default=10, ge=1)
     """Rollout batches between checkpoints."""
+
+    @model_validator(mode="after")
+    def _check_stability(self) -> Self:
+        for case, limit in (("kl", "max_kl"), ("entropy", "min_entropy")):
+            if getattr(self.stability, case) == "rewind" and getattr(self, limit) is None:
+                raise ValueError(f"stability.{case} is rewind, but no limit is set: add {limit}")
+        return self
 
 
 class PPOConfig(Frozen):

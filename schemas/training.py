@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from schemas.base import Frozen
 
@@ -43,6 +43,55 @@ class LoRAConfig(Frozen):
     """Names of the modules that get an adapter."""
 
 
+class GradientNormConfig(Frozen):
+    """When a gradient counts as exploding. Clipping tames most; this is for steps not to be taken.
+
+    At least one of `max` and `max_ratio` is set.
+    """
+
+    max: float | None = Field(default=None, gt=0)
+    """Largest global norm, before clipping."""
+    max_ratio: float | None = Field(default=None, gt=1)
+    """Largest global norm as a multiple of the median over the last `window` steps taken."""
+    window: int = Field(default=50, ge=2)
+    """Steps that the median is over; until as many were taken, `max_ratio` is not looked at."""
+    action: Literal["stop", "skip", "rewind"] = "skip"
+    """What is done about such a step."""
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        if self.max is None and self.max_ratio is None:
+            raise ValueError("a limit for the gradient norm is missing: set max or max_ratio")
+        return self
+
+
+class StabilityConfig(Frozen):
+    """What is done when training goes wrong, case by case.
+
+    `stop`: the stage fails, and says at which step, on which records, and what helps.
+    `skip`: the optimizer step is left out; the weights stay as they were, the schedule moves on.
+    `rewind`: weights, optimizer and random numbers go back to the last checkpoint; the records
+    since then are left out (Chowdhery et al. 2022, PaLM, section 5.1) and the learning rate is
+    multiplied by `rewind_learning_rate_factor`, so that the same failure does not come again.
+    """
+
+    non_finite: Literal["stop", "skip", "rewind"] = "stop"
+    """A loss or gradient that is NaN or infinite. Weights that are not finite cannot be skipped:
+    there, `skip` stops."""
+    grad_norm: GradientNormConfig | None = None
+    """A gradient norm that is far too large; None leaves it to clipping."""
+    max_interventions: int = Field(default=3, ge=1)
+    """Skips and rewinds together, after which the next failure stops the stage."""
+    rewind_learning_rate_factor: float = Field(default=0.5, gt=0, le=1)
+    """Each rewind multiplies the learning rate by this, until the end of the stage."""
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether any case goes back to a checkpoint."""
+        by_norm = self.grad_norm is not None and self.grad_norm.action == "rewind"
+        return self.non_finite == "rewind" or by_norm
+
+
 class SupervisedConfig(Frozen):
     """What the stages that learn from fixed records share: SFT, reward models, DPO."""
 
@@ -66,6 +115,8 @@ class SupervisedConfig(Frozen):
     """Optimizer steps between logged metrics."""
     max_truncated_fraction: float = Field(default=0.1, ge=0, le=1)
     """The stage stops before training if a larger share of the records had to be cut."""
+    stability: StabilityConfig = StabilityConfig()
+    """What is done about losses and gradients that would ruin the model."""
 
 
 class SFTConfig(SupervisedConfig):

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from infra.code import changed_code, loaded_code
 from infra.files import file_digest, sync
+from stages import heartbeat
 from stages.optimization import Optimizer
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ class Checkpoint:
     step: int
     extra: dict[str, Any]
     """JSON state: data cursor, KL controller, histories."""
+    changed_code: tuple[str, ...] = ()
+    """Files whose code is another one now than when it was written."""
 
 
 class Checkpoints:
@@ -51,9 +55,13 @@ class Checkpoints:
         self._models = models
         self._optimizers = optimizers
 
-    def save(self, step: int, extra: Mapping[str, Any]) -> None:
-        """Write the state after `step` steps and drop all but the last two."""
-        final = self._folder / f"step-{step:08d}"
+    def save(self, step: int, extra: Mapping[str, Any], keep: Collection[int] = ()) -> None:
+        """Write the state after `step` steps; drop all but the last two, and those of steps `keep`.
+
+        The caller has made sure by `ruined` that every parameter is finite.
+        """
+        heartbeat.beat(f"writing the checkpoint of step {step}")
+        final = self._folder / _name(step)
         temporary = self._folder / f".{final.name}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -62,7 +70,7 @@ class Checkpoints:
         for name, optimizer in self._optimizers.items():
             torch.save(optimizer.state_dict(), temporary / f"{name}.optimizer.pt")
         torch.save(_rng_state(), temporary / "rng.pt")
-        state = {"step": step, "extra": dict(extra)}
+        state = {"step": step, "extra": dict(extra), "code": loaded_code()}
         (temporary / "state.json").write_text(json.dumps(state))
         digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(digests))
@@ -71,12 +79,30 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         sync(self._folder)
+        kept = {_name(step) for step in keep}
         for old in self._found()[:-_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old.name not in kept:
+                shutil.rmtree(old, ignore_errors=True)
 
-    def resume(self) -> Checkpoint | None:
-        """Load the newest intact checkpoint into the models, the optimizers and the RNGs."""
+    def ruined(self) -> str | None:
+        """Name of a parameter that is not finite, if there is one: that is no good checkpoint."""
+        for name, model in self._models.items():
+            for key, parameter in model.named_parameters():
+                if not bool(torch.isfinite(parameter).all()):
+                    return f"{name}.{key}"
+        return None
+
+    def resume(self, last: int | None = None) -> Checkpoint | None:
+        """Load the newest intact checkpoint into the models, the optimizers and the RNGs.
+
+        last: checkpoints of later steps are deleted first; training goes back beyond them.
+        """
+        if last is not None:
+            for folder in self._found():
+                if folder.name > _name(last):
+                    shutil.rmtree(folder)
         for folder in reversed(self._found()):
+            heartbeat.beat(f"reading checkpoint {folder.name}")
             problem = _damage(folder)
             if problem:
                 logger.warning("checkpoint %s is damaged (%s); passing it over", folder, problem)
@@ -98,10 +124,14 @@ class Checkpoints:
             optimizer.load_state_dict(state)
         _restore_rng(torch.load(folder / "rng.pt", weights_only=True))
         state = json.loads((folder / "state.json").read_text())
-        return Checkpoint(folder, state["step"], state["extra"])
+        return Checkpoint(folder, state["step"], state["extra"], tuple(changed_code(state["code"])))
 
     def _found(self) -> list[Path]:
         return sorted(self._folder.glob("step-*")) if self._folder.is_dir() else []
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

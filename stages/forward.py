@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from schemas.base import UserError
+from stages import heartbeat
 from stages.attention import no_mask, use_packed_attention
 from stages.core.logprobs import chunked_token_logprobs, weighted_logprob_sum
 from stages.models import head_of
@@ -186,6 +187,7 @@ def all_completion_logprobs(
     """`completion_logprobs` without gradient, in micro-batches."""
     out = torch.zeros(len(sequences), width, device=model.device)
     for indices in sequences.micro_batches(max_tokens):
+        heartbeat.beat(f"computing log-probabilities of {len(sequences)} completions")
         logprobs, _ = completion_logprobs(model, sequences.select(indices), width, temperature)
         out[indices] = logprobs.float()
     return out.clone()
@@ -199,6 +201,7 @@ def all_completion_values(
     values = torch.zeros(len(sequences), width, device=model.device)
     after = torch.zeros(len(sequences), device=model.device)
     for indices in sequences.micro_batches(max_tokens):
+        heartbeat.beat(f"computing values of {len(sequences)} completions")
         chosen = sequences.select(indices)
         positions = [
             range(len(prompt) - 1, len(prompt) + len(completion))

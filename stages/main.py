@@ -17,7 +17,7 @@ from infra.tracking import FileTracker, Tracker
 from schemas.artifacts import AnyArtifact
 from schemas.base import UserError
 from schemas.requests import AnyRequest, request_adapter
-from stages import termination
+from stages import heartbeat, termination
 
 logger = logging.getLogger("posttrain")
 
@@ -37,6 +37,7 @@ def main() -> int:
     """Exit code 0 for a finished stage, 2 for a user's error, 75 when asked to stop, else 1."""
     die_with_parent()
     work_dir = Path(sys.argv[1])
+    heartbeat.install(work_dir)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     request = request_adapter.validate_json((work_dir / "request.json").read_bytes())
@@ -45,6 +46,7 @@ def main() -> int:
     tracker = FileTracker(work_dir / "metrics.jsonl")
     try:
         artifact = run_stage(request, run_dir=work_dir, tracker=tracker)
+        heartbeat.beat("publishing the artifact")
         Store(request.runtime.store).publish(request.fingerprint, artifact)
     except termination.Terminated as stopped:
         logger.info("%s", stopped)
@@ -104,6 +106,7 @@ def run_stage(request: AnyRequest, *, run_dir: Path, tracker: Tracker) -> AnyArt
 
 
 def _prepare_torch(request: AnyRequest) -> None:
+    heartbeat.beat("importing torch and transformers")
     import transformers
 
     from infra.devices import configure_threads, deterministic
@@ -112,6 +115,7 @@ def _prepare_torch(request: AnyRequest) -> None:
     deterministic()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    heartbeat.beat(f"importing {request.stage}")
 
 
 def _describe(error: Exception) -> str:

@@ -25,6 +25,7 @@ from transformers import (
 from schemas.artifacts import ModelContract
 from schemas.base import UserError
 from schemas.model import BuiltModel, ModelConfig
+from stages import heartbeat
 from stages.character_tokenizer import build_character_tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -115,6 +116,7 @@ def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> ModelContract:
     """Write a plain Hugging Face folder and say what the next stage must agree on."""
+    heartbeat.beat("writing the model")
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
     return contract(model, tokenizer)
@@ -247,6 +249,7 @@ def _check_head(model: PreTrainedModel) -> None:
 
 
 def _load(cls: Any, folder: Path, **options: Any) -> PreTrainedModel:
+    heartbeat.beat(f"loading the model in {folder}")
     config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
     # A new head is what we ask for; the loader's report of it would alarm the reader of the log.
     logger = logging.getLogger("transformers.modeling_utils")

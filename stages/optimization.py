@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and one clipped step."""
+"""AdamW and its schedule."""
 
 from __future__ import annotations
 
@@ -28,10 +28,6 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class NonFiniteGradient(ArithmeticError):
-    """The gradient is not finite: the step would ruin the weights."""
-
-
 @dataclass
 class Optimizer:
     """AdamW over the trainable parameters of a model; the learning rate follows from the step."""
@@ -58,24 +54,33 @@ class Optimizer:
         )
         return cls(adamw, config, num_steps, parameters)
 
-    def step(self) -> dict[str, float]:
-        """Clip, update, clear. Returns grad_norm (before clipping) and learning_rate.
+    def clip(self) -> float:
+        """Clip the gradient in place; returns its global norm before that."""
+        return nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
 
-        Raises NonFiniteGradient, with the weights untouched.
+    def step(self, scale: float = 1.0) -> float:
+        """Update, and clear the gradient. Returns the learning rate: the schedule's times `scale`.
+
+        The gradient is clipped and has been found fit.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise NonFiniteGradient(
-                f"the gradient norm is {norm.item()} at optimizer step {self.step_count}; "
-                "lower the learning rate or look at the records of this step"
-            )
-        rate = learning_rate(self.config, self.step_count, self.num_steps)
+        rate = scale * learning_rate(self.config, self.step_count, self.num_steps)
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.adamw.step()
+        self._advance()
+        return rate
+
+    def skip(self) -> None:
+        """Clear the gradient and leave the weights; the schedule moves on."""
+        self._advance()
+
+    def clear(self) -> None:
+        """Drop the gradient."""
         self.adamw.zero_grad(set_to_none=True)
+
+    def _advance(self) -> None:
+        self.clear()
         self.step_count += 1
-        return {"grad_norm": norm.item(), "learning_rate": rate}
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and step count."""

@@ -16,6 +16,7 @@ from schemas.base import UserError
 from schemas.fingerprint import canonical_json, digest
 from schemas.records import digest_position, dump_record, prompt_digest, record_prompt
 from schemas.requests import PrepareDataRequest
+from stages import heartbeat
 from stages.data.layouts import other_fields, validate_record
 from stages.data.raw import RawRecord
 from stages.data.readers import read_raw
@@ -127,6 +128,7 @@ def _kept(
     numbers: Counter[str] = Counter()
     for raw in read_raw(request.source, Path(request.runtime.data_root)):
         counts.read += 1
+        heartbeat.beat(f"preparing data.{request.split}")
         record = dump_record(validate_record(raw, request.layout, request.split))
         counts.ignored_fields |= other_fields(raw, request.layout)
         prompt = record_prompt(record)

@@ -9,6 +9,7 @@ from infra.code import created_by
 from infra.store import Store
 from schemas.fingerprint import parents
 from schemas.requests import StageRequest
+from stages import heartbeat
 
 
 def provenance(request: StageRequest, content: Path) -> dict[str, Any]:
@@ -16,6 +17,7 @@ def provenance(request: StageRequest, content: Path) -> dict[str, Any]:
 
     Returns uri, sha256, fingerprint, parents, mlflow_run_id and created_by.
     """
+    heartbeat.beat("computing the digest of the artifact")
     store = Store(request.runtime.store)
     return {
         "uri": store.content_uri(request.fingerprint),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from transformers import PreTrainedModel
 from infra.tracking import Tracker
 from schemas.base import UserError
 from schemas.training import SupervisedConfig
-from stages import termination
-from stages.checkpoint import Checkpoints
+from stages import heartbeat, termination
+from stages.checkpoint import Checkpoint, Checkpoints
 from stages.optimization import Optimizer
 from stages.ordering import records_at
+from stages.resumption import data_cursor, go_back, refuse_ruined, regular_step, say_resumed
+from stages.stability import Stability, Unstable
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,14 @@ class TrainingResult:
     num_steps: int
     resumed_from_step: int | None
     metrics: dict[str, float]
-    """Metrics of the last step."""
+    """Metrics of the last step that was taken, and the counts of those that were not."""
+    interventions: list[dict[str, Any]]
+    """Steps that were left out or taken back, and why."""
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """How many steps were left out or taken back, for the artifact's metrics."""
+        return {k: v for k, v in self.metrics.items() if k.startswith("stability/")}
 
 
 def num_optimizer_steps(num_records: int, settings: SupervisedConfig) -> int:
@@ -51,10 +61,44 @@ def num_optimizer_steps(num_records: int, settings: SupervisedConfig) -> int:
     return min(steps, settings.max_steps or steps)
 
 
+@dataclass
+class _Progress:
+    """What a checkpoint keeps beside weights, moments and random numbers."""
+
+    stability: Stability
+    step: int = 0
+    """Steps that are done."""
+    position: int = 0
+    """Data cursor: records that were used or left out, counted over epochs."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON state."""
+        return {
+            "position": self.position,
+            "metrics": self.metrics,
+            "stability": self.stability.state_dict(),
+        }
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Stand where an earlier attempt stood."""
+        self.step = checkpoint.step
+        self.position = checkpoint.extra["position"]
+        self.metrics = dict(checkpoint.extra["metrics"])
+        self.stability.load_state_dict(checkpoint.extra["stability"])
+
+    def go_back(self, checkpoint: Checkpoint) -> None:
+        """Stand where a checkpoint stands; the data cursor and the decisions stay."""
+        self.step = checkpoint.step
+        self.metrics = dict(checkpoint.extra["metrics"])
+        self.stability.go_back(checkpoint.extra["stability"])
+
+
 def train(
     model: PreTrainedModel,
     *,
-    num_records: int,
+    section: str,
+    record_ids: Sequence[str],
     micro_losses: Callable[[list[int]], Iterable[MicroLoss]],
     settings: SupervisedConfig,
     seed: int,
@@ -63,53 +107,104 @@ def train(
 ) -> TrainingResult:
     """Optimise the model on records, with checkpoints, resuming where an earlier attempt stopped.
 
-    micro_losses takes the indices of one optimizer step and yields its micro-batches.
+    section: place of the settings in the recipe, for messages. micro_losses takes the indices of
+    one optimizer step and yields its micro-batches.
+    Raises UserError where there is no record, and where `settings.stability` says so.
     """
+    num_records = len(record_ids)
+    if num_records == 0:
+        raise UserError(f"{section} has no record to learn from and would run zero steps: add data")
     num_steps = num_optimizer_steps(num_records, settings)
     optimizer = Optimizer.create(model, settings.optimizer, num_steps)
     checkpoints = Checkpoints(run_dir / "checkpoints", {"model": model}, {"model": optimizer})
+    stability = Stability(settings.stability, f"{section}.stability")
+    progress = _Progress(stability)
     torch.manual_seed(seed)
     checkpoint = checkpoints.resume()
-    start = checkpoint.step if checkpoint else 0
-    if checkpoint:
-        logger.info(
-            "resuming at step %d of %d (record %d of the data order)",
-            start,
-            num_steps,
-            start * settings.batch_size,
-        )
-        tracker.rewind(start)
-    metrics: dict[str, float] = dict(checkpoint.extra) if checkpoint else {}
+    if checkpoint is not None:
+        progress.resume(checkpoint)
+        tracker.resume(progress.step)
+        say_resumed(checkpoint, num_steps, data_cursor(progress.position, num_records))
+    else:
+        tracker.rewind(0)
+        if settings.stability.rewinds:
+            checkpoints.save(0, progress.state_dict())
     model.train()
-    for step in range(start, num_steps):
-        batch = records_at(step * settings.batch_size, settings.batch_size, num_records, seed)
-        metrics = _step(model, optimizer, micro_losses, batch)
-        done = step + 1
+    while progress.step < num_steps:
+        indices = records_at(progress.position, settings.batch_size, num_records, seed)
+        done = progress.step + 1
+        regular = done == num_steps or done == regular_step(done, settings.checkpoint_every)
+        try:
+            doing = f"training on step {done} of {num_steps} of {section}"
+            metrics = _step(model, optimizer, micro_losses(indices), stability, doing)
+            if regular:
+                refuse_ruined(checkpoints)
+            metrics |= stability.metrics()
+            progress.metrics = metrics
+        except Unstable as problem:
+            optimizer.clear()
+            records = [record_ids[index] for index in indices]
+            if stability.intervene(problem, step=done, records=records) == "rewind":
+                progress.position += settings.batch_size
+                target = regular_step(progress.step, settings.checkpoint_every)
+                progress.go_back(go_back(checkpoints, target))
+                stability.rewound(done, progress.step, problem, records)
+                tracker.rewind(progress.step)
+                checkpoints.save(progress.step, progress.state_dict())
+                continue
+            optimizer.skip()
+            metrics = stability.metrics()
+            progress.metrics |= metrics
+        progress.step = done
+        progress.position += settings.batch_size
         if done % settings.log_every == 0 or done == num_steps:
             tracker.log_metrics(metrics, done)
-            logger.info("step %d/%d  loss %.4f", done, num_steps, metrics["loss"])
+            if "loss" in metrics:
+                logger.info("step %d/%d  loss %.4f", done, num_steps, metrics["loss"])
         stopping = termination.requested()
-        if done % settings.checkpoint_every == 0 or done == num_steps or stopping:
-            checkpoints.save(done, metrics)
+        if regular or (stopping and checkpoints.ruined() is None):
+            keep = regular_step(done, settings.checkpoint_every)
+            checkpoints.save(done, progress.state_dict(), [keep])
         if stopping and done < num_steps:
             raise termination.Terminated(f"stopped after step {done} of {num_steps}")
+    if "loss" not in progress.metrics:
+        raise UserError(
+            f"each of the {num_steps} steps of {section} was left out, so nothing was learned: "
+            "look at the records, or lower the learning rate"
+        )
     model.eval()
-    return TrainingResult(num_steps, checkpoint.step if checkpoint else None, metrics)
+    return TrainingResult(
+        num_steps,
+        checkpoint.step if checkpoint else None,
+        progress.metrics,
+        stability.interventions,
+    )
 
 
 def _step(
     model: PreTrainedModel,
     optimizer: Optimizer,
-    micro_losses: Callable[[list[int]], Iterable[MicroLoss]],
-    indices: list[int],
+    micro_losses: Iterable[MicroLoss],
+    stability: Stability,
+    doing: str,
 ) -> dict[str, float]:
+    """One optimizer step. Raises Unstable, with the weights untouched."""
+    heartbeat.beat(doing)
     totals: dict[str, float] = {"loss": 0.0}
-    for micro in micro_losses(indices):
+    for micro in micro_losses:
+        loss = micro.loss.item()
+        stability.check_loss(loss)
         micro.loss.backward()
-        totals["loss"] += micro.loss.item()
+        heartbeat.beat(doing)
+        totals["loss"] += loss
         for name, value in micro.metrics.items():
             totals[name] = totals.get(name, 0.0) + value
-    return totals | optimizer.step()
+    grad_norm = optimizer.clip()
+    stability.check_grad_norm(grad_norm)
+    return totals | {
+        "grad_norm": grad_norm,
+        "learning_rate": optimizer.step(stability.learning_rate_scale),
+    }
 
 
 def refuse_truncation(

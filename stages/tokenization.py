@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from schemas.base import UserError
+from stages import heartbeat
 
 Messages = Sequence[dict[str, Any]]
 Prompt = str | Messages
@@ -16,6 +17,7 @@ Prompt = str | Messages
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: as it is for text, through the chat template for messages."""
+    heartbeat.beat("encoding records")
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt).input_ids
         return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

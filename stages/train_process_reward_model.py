@@ -18,7 +18,7 @@ from schemas.artifacts import RewardModelCheckpoint
 from schemas.base import UserError
 from schemas.requests import TrainProcessRewardModelRequest
 from schemas.training import ProcessRewardModelConfig
-from stages import supervised
+from stages import heartbeat, supervised
 from stages.core.losses import step_cross_entropy
 from stages.core.metrics import expected_calibration_error, first_error_f1
 from stages.data.records import read_datasets
@@ -27,6 +27,7 @@ from stages.models import load_tokenizer, load_with_head, num_parameters, save_m
 from stages.packing import micro_batches
 from stages.precision import use_precision
 from stages.provenance import provenance
+from stages.stability import write_audit
 from stages.tokenization import labelled_step_ends
 
 logger = logging.getLogger(__name__)
@@ -54,9 +55,8 @@ def run(
     folder = store.path(request.policy)
     tokenizer = load_tokenizer(folder)
     separator = request.step_separator
-    examples, num_truncated = encode(
-        read_datasets(store, request.step_labels), tokenizer, separator, config.max_length
-    )
+    records = read_datasets(store, request.step_labels)
+    examples, num_truncated = encode(records, tokenizer, separator, config.max_length)
     held_out, _ = encode(
         read_datasets(store, [request.held_out]), tokenizer, separator, config.max_length
     )
@@ -72,7 +72,8 @@ def run(
     use_precision(model, config.precision)
     result = supervised.train(
         model,
-        num_records=len(examples),
+        section="process_reward_model",
+        record_ids=[str(record["id"]) for record in records],
         micro_losses=lambda indices: micro_losses(model, [examples[i] for i in indices], config),
         settings=config,
         seed=request.seed,
@@ -88,6 +89,7 @@ def run(
     tracker.log_metrics({f"held_out/{k}": v for k, v in metrics.items()}, result.num_steps)
     content = run_dir / "content"
     contract = save_model(model, tokenizer, content)
+    write_audit(content, {"stability": result.interventions})
     return RewardModelCheckpoint(
         **provenance(request, content),
         kind="process",
@@ -96,7 +98,12 @@ def run(
         step_separator=separator,
         num_parameters=num_parameters(model),
         num_steps=result.num_steps,
-        metrics=metrics | {"loss": result.metrics["loss"], "num_truncated": num_truncated},
+        metrics={
+            **metrics,
+            "loss": result.metrics["loss"],
+            "num_truncated": num_truncated,
+            **result.counts,
+        },
     )
 
 
@@ -173,6 +180,7 @@ def evaluate(
     probabilities: list[Tensor] = [torch.empty(0)] * len(examples)
     lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
     for indices in micro_batches(lengths, max_tokens):
+        heartbeat.beat(f"evaluating on {len(examples)} held-out step records")
         chosen = [examples[i] for i in indices]
         right = step_logits(model, chosen).softmax(-1)[:, 1].cpu()
         sizes = [len(example.labels) for example in chosen]

@@ -17,7 +17,7 @@ from infra.tracking import Tracker
 from schemas.artifacts import RewardModelCheckpoint
 from schemas.requests import TrainRewardModelRequest
 from schemas.training import RewardModelConfig
-from stages import supervised
+from stages import heartbeat, supervised
 from stages.core.losses import bradley_terry_loss
 from stages.core.metrics import expected_calibration_error
 from stages.data.records import read_datasets
@@ -26,6 +26,7 @@ from stages.models import load_tokenizer, load_with_head, num_parameters, save_m
 from stages.packing import micro_batches
 from stages.precision import use_precision
 from stages.provenance import provenance
+from stages.stability import write_audit
 from stages.tokenization import encode_pair
 
 logger = logging.getLogger(__name__)
@@ -55,9 +56,8 @@ def run(
     store = Store(request.runtime.store)
     folder = store.path(request.policy)
     tokenizer = load_tokenizer(folder)
-    pairs, num_truncated = encode_pairs(
-        read_datasets(store, request.preferences), tokenizer, config.max_length
-    )
+    records = read_datasets(store, request.preferences)
+    pairs, num_truncated = encode_pairs(records, tokenizer, config.max_length)
     held_out, _ = encode_pairs(
         read_datasets(store, [request.held_out]), tokenizer, config.max_length
     )
@@ -69,7 +69,8 @@ def run(
     use_precision(model, config.precision)
     result = supervised.train(
         model,
-        num_records=len(pairs),
+        section="reward_model",
+        record_ids=[str(record["id"]) for record in records],
         micro_losses=lambda indices: micro_losses(model, [pairs[i] for i in indices], config),
         settings=config,
         seed=request.seed,
@@ -81,6 +82,7 @@ def run(
     tracker.log_metrics({f"held_out/{k}": v for k, v in metrics.items()}, result.num_steps)
     content = run_dir / "content"
     contract = save_model(model, tokenizer, content)
+    write_audit(content, {"stability": result.interventions})
     return RewardModelCheckpoint(
         **provenance(request, content),
         kind="outcome",
@@ -88,7 +90,12 @@ def run(
         pooling="last_token",
         num_parameters=num_parameters(model),
         num_steps=result.num_steps,
-        metrics=metrics | {"loss": result.metrics["loss"], "num_truncated": num_truncated},
+        metrics={
+            **metrics,
+            "loss": result.metrics["loss"],
+            "num_truncated": num_truncated,
+            **result.counts,
+        },
     )
 
 
@@ -145,6 +152,7 @@ def evaluate(model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int) -> 
     gaps = torch.zeros(len(pairs))
     scores: list[Tensor] = []
     for indices in pair_batches(pairs, max_tokens):
+        heartbeat.beat(f"evaluating on {len(pairs)} held-out pairs")
         chosen, rejected = score_pairs(model, [pairs[i] for i in indices])
         gaps[indices] = (chosen - rejected).cpu()
         scores += [chosen.cpu(), rejected.cpu()]

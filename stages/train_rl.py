@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,12 @@ from stages.provenance import provenance
 from stages.rewards.composition import build_rewarder
 from stages.rl import dpo, online
 from stages.rl.algorithms import online_algorithm
+from stages.rl.held_out import split_held_out
 from stages.rl.rollouts import PromptRecord
 from stages.rl.traces import join_traces
 from stages.rollout.engine import build_engine
 from stages.shared_critic import Critic, SharedCritic
+from stages.stability import write_audit
 from stages.tokenization import decode, encode_prompt
 from stages.train_reward_model import encode_pairs
 
@@ -55,7 +56,7 @@ def run(request: TrainRLRequest, *, run_dir: Path, tracker: Tracker) -> PolicyCh
     content = run_dir / "content"
     contract = save_model(policy, tokenizer, content)
     join_traces(run_dir / "traces", content / TRACES_FILE)
-    (content / "posttrain.json").write_text(json.dumps(audit, indent=2, sort_keys=True) + "\n")
+    write_audit(content, audit)
     return PolicyCheckpoint(
         **provenance(request, content),
         algorithm=request.config.algorithm,
@@ -108,6 +109,7 @@ def _online(
     )
     prompts = encode_prompts(read_records(store.path(request.prompts)), tokenizer)
     _check_context(prompts, config, request.policy.contract.max_positions)
+    prompts, held_out = split_held_out(prompts, config.stability.held_out)
     try:
         result = online.train(
             online.Models(policy, reference, critic),
@@ -115,6 +117,7 @@ def _online(
             engine,
             rewarder,
             prompts,
+            held_out,
             config,
             decode=partial(decode, tokenizer),
             engine_is_exact=request.rollout.engine == "native" and config.precision == "float32",
@@ -125,7 +128,12 @@ def _online(
     finally:
         engine.close()
         rewarder.close()
-    return result.num_steps, result.metrics, {"credit": algorithm.state_dict()}
+    audit = {
+        "credit": algorithm.state_dict(),
+        "stability": result.interventions,
+        "held_out": result.checks,
+    }
+    return result.num_steps, result.metrics, audit
 
 
 def _offline(
@@ -150,7 +158,8 @@ def _offline(
     del model
     result = supervised.train(
         policy,
-        num_records=len(pairs),
+        section="rl.dpo",
+        record_ids=[str(record["id"]) for record in records],
         micro_losses=lambda rows: dpo.micro_losses(
             policy, [pairs[row] for row in rows], reference.select(rows), config
         ),
@@ -159,7 +168,8 @@ def _offline(
         run_dir=run_dir,
         tracker=tracker,
     )
-    return result.num_steps, result.metrics | {"num_truncated": num_truncated}, {}
+    metrics = result.metrics | {"num_truncated": num_truncated}
+    return result.num_steps, metrics, {"stability": result.interventions}
 
 
 def encode_prompts(

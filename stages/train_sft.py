@@ -25,6 +25,7 @@ from stages.models import load_base, max_positions, num_parameters, save_model, 
 from stages.packing import micro_batches, pack
 from stages.precision import use_precision
 from stages.provenance import provenance
+from stages.stability import write_audit
 from stages.tokenization import encode_messages, encode_pair
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ def run(request: TrainSFTRequest, *, run_dir: Path, tracker: Tracker) -> PolicyC
     trained = _with_adapters(model, config.lora, request.seed) if config.lora else model
     result = supervised.train(
         trained,
-        num_records=len(examples),
+        section="sft",
+        record_ids=[str(record["id"]) for record in records],
         micro_losses=lambda indices: micro_losses(trained, [examples[i] for i in indices], config),
         settings=config,
         seed=request.seed,
@@ -69,6 +71,7 @@ def run(request: TrainSFTRequest, *, run_dir: Path, tracker: Tracker) -> PolicyC
     content = run_dir / "content"
     plain = _merged(trained) if config.lora else trained
     contract = save_model(plain, tokenizer, content)
+    write_audit(content, {"stability": result.interventions})
     return PolicyCheckpoint(
         **provenance(request, content),
         algorithm="sft",
@@ -80,6 +83,7 @@ def run(request: TrainSFTRequest, *, run_dir: Path, tracker: Tracker) -> PolicyC
             "num_records": len(examples),
             "num_truncated": num_truncated,
             "num_trainable_tokens": sum(sum(example.trainable) for example in examples),
+            **result.counts,
         },
     )
 

@@ -14,6 +14,7 @@ STAGES_MAY_USE = {
     "infra.code",
     "infra.devices",
     "infra.files",
+    "infra.heartbeat",
     "infra.launch",
     "infra.store",
     "infra.tracking",

@@ -9,6 +9,7 @@ from typing import Any
 
 from infra.store import Store
 from schemas.artifacts import DatasetArtifact
+from stages import heartbeat
 
 RECORDS_FILE = "records.jsonl"
 
@@ -17,6 +18,7 @@ def iter_records(folder: Path) -> Iterator[dict[str, Any]]:
     """The records in the content folder of a `DatasetArtifact`, in order, each with its `id`."""
     with (folder / RECORDS_FILE).open("rb") as lines:
         for line in lines:
+            heartbeat.beat("reading records")
             record: dict[str, Any] = json.loads(line)
             yield record
 

@@ -74,7 +74,7 @@ class Rewarder:
         components: dict[str, Tensor] = {}
         scores = torch.zeros(len(rollouts))
         if self._verifier is not None and self._config.verifier is not None:
-            components["verifier"] = self._verify(rollouts, records)
+            components["verifier"] = self.verify(rollouts, records)
             scores = scores + self._config.verifier.weight * components["verifier"]
         if self._outcome is not None and self._config.outcome is not None:
             components["outcome"] = outcome_scores(self._outcome, sequences, self._max_tokens).cpu()
@@ -83,16 +83,17 @@ class Rewarder:
             return RewardBreakdown(scores, scores, components)
         return self._with_steps(scores, components, sequences)
 
-    def close(self) -> None:
-        """End the verifier's processes."""
-        if self._verifier is not None:
-            self._verifier.close()
-
-    def _verify(self, rollouts: Sequence[Rollout], records: Sequence[dict[str, Any]]) -> Tensor:
+    def verify(self, rollouts: Sequence[Rollout], records: Sequence[dict[str, Any]]) -> Tensor:
+        """What the verifier alone says, [_N] unweighted; there has to be one."""
         assert self._verifier is not None
         texts = [completion_text(self._tokenizer, r.completion_ids) for r in rollouts]
         answers = [str(records[rollout.prompt_index]["answer"]) for rollout in rollouts]
         return torch.tensor(self._verifier.score(texts, answers), dtype=torch.float32)
+
+    def close(self) -> None:
+        """End the verifier's processes."""
+        if self._verifier is not None:
+            self._verifier.close()
 
     def _with_steps(
         self, scores: Tensor, components: dict[str, Tensor], sequences: Sequences

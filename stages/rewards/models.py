@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from schemas.training import Precision
+from stages import heartbeat
 from stages.forward import Sequences, scores_at
 from stages.models import load_with_head, to_device
 from stages.precision import use_precision
@@ -30,6 +31,7 @@ def outcome_scores(model: PreTrainedModel, sequences: Sequences, max_tokens: int
     """The raw score at the last token of each sequence, [_B]."""
     scores = torch.zeros(len(sequences), device=model.device)
     for indices in sequences.micro_batches(max_tokens):
+        heartbeat.beat(f"scoring {len(sequences)} completions with the outcome reward model")
         chosen = sequences.select(indices)
         scores[indices] = scores_at(model, chosen, [[n - 1] for n in chosen.lengths()])[:, 0]
     return scores.clone()
@@ -49,6 +51,7 @@ def step_scores(
     scores = [torch.zeros(0, device=model.device) for _ in range(len(sequences))]
     scored = [index for index, ends in enumerate(step_ends) if ends]
     for batch in sequences.select(scored).micro_batches(max_tokens):
+        heartbeat.beat(f"scoring {len(sequences)} completions with the process reward model")
         indices = [scored[i] for i in batch]
         chosen = sequences.select(indices)
         positions = [

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from schemas.base import UserError
+from stages import heartbeat
 
 # Reading the libraries takes seconds, and more on a busy machine.
 _START_SECONDS = 300.0
@@ -67,6 +68,7 @@ class ScorerPool:
         tried_twice: set[int] = set()
         failed_starts = 0
         while queue or any(worker.item is not None for worker in self._workers):
+            heartbeat.beat(f"verifying {len(items)} completions with {self._command[0]}")
             self._assign(items, queue)
             for worker in self._ready_workers():
                 item = worker.item

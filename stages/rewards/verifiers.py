@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from schemas.base import UserError
 from schemas.rewards import VerifierConfig
+from stages import heartbeat
 from stages.rewards.scorer_pool import ScorerPool
 
 _SECONDS = 4.0
@@ -82,6 +83,7 @@ class FunctionVerifier:
         """Nothing to end."""
 
     def _one(self, completion: str, answer: str) -> float:
+        heartbeat.beat(f"verifying completions with {self._name}")
         where = f"verifier {self._name} on completion {completion!r} and answer {answer!r}"
         try:
             result = self._function(completion, answer, **self._arguments)

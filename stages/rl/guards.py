@@ -1,4 +1,4 @@
-"""Failures that would be silent: each stops the stage, with the number and the remedy."""
+"""Failures that would be silent: each is found by a number, and named with its remedy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from schemas.base import UserError
 from schemas.rl import OnlineConfig
 from stages.rl.rollouts import ScoredRollouts
+from stages.stability import Unstable
 
 
 @dataclass
@@ -21,7 +22,10 @@ class Guards:
     """`groups/zero_variance_fraction` of the last `patience` steps; a checkpoint keeps it."""
 
     def check(self, metrics: Mapping[str, float]) -> None:
-        """Raise UserError where a limit is passed."""
+        """Raise Unstable where the KL or the entropy passes its limit.
+
+        Raises UserError where most groups have had no variance for a while.
+        """
         config = self.config
         self.flat_fractions.append(metrics["groups/zero_variance_fraction"])
         del self.flat_fractions[: -config.patience]
@@ -39,18 +43,25 @@ class Guards:
                 "nor too easy, raise group_size or the temperature, or reward steps"
             )
         if config.max_kl is not None and metrics["kl/mean"] > config.max_kl:
-            raise UserError(
+            raise Unstable(
+                "kl",
                 f"the policy is {metrics['kl/mean']:.2f} nats a sequence away from the SFT policy, "
-                f"above rl.online.max_kl {config.max_kl}: raise kl_coef, lower the learning rate, "
-                "or stop earlier (num_steps)"
+                f"above rl.online.max_kl {config.max_kl}",
+                value=metrics["kl/mean"],
+                limit=config.max_kl,
+                remedy="raise kl_coef, lower the learning rate, or stop earlier (num_steps)",
             )
         # While a critic warms up, the policy makes no step and nothing measures its entropy.
         entropy = metrics.get("entropy")
         if config.min_entropy is not None and entropy is not None and entropy < config.min_entropy:
-            raise UserError(
+            raise Unstable(
+                "entropy",
                 f"the policy's entropy fell to {entropy:.4f} nats a token, "
-                f"below rl.online.min_entropy {config.min_entropy}: it no longer explores; "
-                "lower the learning rate, raise clip_high or kl_coef, or stop earlier (num_steps)"
+                f"below rl.online.min_entropy {config.min_entropy}",
+                value=entropy,
+                limit=config.min_entropy,
+                remedy="it no longer explores; lower the learning rate, raise clip_high or "
+                "kl_coef, or stop earlier (num_steps)",
             )
 
 

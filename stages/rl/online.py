@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from infra.tracking import Tracker
+from schemas.base import UserError
 from schemas.rl import OnlineConfig
-from stages import termination
-from stages.checkpoint import Checkpoints
+from stages import heartbeat, termination
+from stages.checkpoint import Checkpoint, Checkpoints
 from stages.core.kl import kl_k1
 from stages.core.masks import masked_sum
 from stages.optimization import Optimizer
+from stages.resumption import data_cursor, go_back, refuse_ruined, regular_step, say_resumed
 from stages.rewards.composition import Rewarder
 from stages.rl.algorithms import OnlineAlgorithm
 from stages.rl.experience import CreditMode, Experience
 from stages.rl.guards import Guards, refuse_truncation
+from stages.rl.held_out import HeldOutProbe
 from stages.rl.rollouts import (
     PromptRecord,
     PromptStream,
@@ -34,6 +37,7 @@ from stages.rl.traces import Traces, after_update, reference_logprobs
 from stages.rl.update import Learner, update
 from stages.rollout.types import RolloutEngine
 from stages.shared_critic import Critic
+from stages.stability import Stability, Unstable
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,67 @@ class OnlineResult:
     resumed_from_step: int | None
     metrics: dict[str, float]
     """Metrics of the last step."""
+    interventions: list[dict[str, Any]]
+    """Steps that were left out or taken back, and why."""
+    checks: list[dict[str, Any]]
+    """Held-out accuracy by step, where it was looked at."""
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint keeps beside weights, moments and random numbers."""
+
+    algorithm: OnlineAlgorithm
+    stream: PromptStream
+    guards: Guards
+    stability: Stability
+    probe: HeldOutProbe
+    step: int = 0
+    """Steps that are done."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON state."""
+        return {
+            "metrics": self.metrics,
+            "position": self.stream.position,
+            "algorithm": self.algorithm.state_dict(),
+            "flat_fractions": self.guards.flat_fractions,
+            "stability": self.stability.state_dict(),
+            "checks": self.probe.checks,
+        }
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Stand where an earlier attempt stood."""
+        self.go_back(checkpoint)
+        self.stream.position = checkpoint.extra["position"]
+        self.stability.load_state_dict(checkpoint.extra["stability"])
+
+    def go_back(self, checkpoint: Checkpoint) -> None:
+        """Stand where a checkpoint stands; the data cursor and the decisions stay."""
+        self.step = checkpoint.step
+        self.metrics = dict(checkpoint.extra["metrics"])
+        self.algorithm.load_state_dict(checkpoint.extra["algorithm"])
+        self.guards.flat_fractions = list(checkpoint.extra["flat_fractions"])
+        self.stability.go_back(checkpoint.extra["stability"])
+        self.probe.checks = list(checkpoint.extra["checks"])
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the steps of the loop work with."""
+
+    models: Models
+    algorithm: OnlineAlgorithm
+    config: OnlineConfig
+    learner: Learner
+    stream: PromptStream
+    sampler: Sampler
+    probe: HeldOutProbe
+    stability: Stability
+    checkpoints: Checkpoints
+    traces: Traces
+    engine_is_exact: bool
 
 
 def train(
@@ -69,6 +134,7 @@ def train(
     engine: RolloutEngine,
     rewarder: Rewarder,
     prompts: Sequence[PromptRecord],
+    held_out: Sequence[PromptRecord],
     config: OnlineConfig,
     *,
     decode: Callable[[Sequence[int]], str],
@@ -77,71 +143,213 @@ def train(
     run_dir: Path,
     tracker: Tracker,
 ) -> OnlineResult:
-    """Train the policy in place, with checkpoints, resuming where an earlier attempt stopped."""
-    learner = _learner(models, algorithm, config)
-    stream = PromptStream(prompts, seed)
-    sampler = Sampler(engine, rewarder, stream, config, algorithm.dynamic_sampling_rounds)
-    checkpoints = _checkpoints(run_dir, learner)
+    """Train the policy in place, with checkpoints, resuming where an earlier attempt stopped.
+
+    held_out: prompts of the probe, which are never trained on; see `split_held_out`.
+    Raises UserError where there is no prompt, and where a guard or `config.stability` says so.
+    """
+    if not prompts:
+        raise UserError("rl.online has no prompt to sample from and would run zero steps: add data")
+    parts = _parts(
+        models,
+        algorithm,
+        engine,
+        rewarder,
+        prompts,
+        held_out,
+        config,
+        decode=decode,
+        engine_is_exact=engine_is_exact,
+        seed=seed,
+        run_dir=run_dir,
+    )
+    checkpoints, probe = parts.checkpoints, parts.probe
     guards = Guards(config, compares_groups=algorithm.critic is None)
-    traces = Traces(run_dir / "traces", config, decode)
+    progress = _Progress(algorithm, parts.stream, guards, parts.stability, probe)
     torch.manual_seed(seed)
-    start, metrics = _resume(checkpoints, algorithm, stream, guards, tracker, config)
-    traces.rewind(start or 0)
-    for step in range(start or 0, config.num_steps):
+    resumed_from = _start(progress, parts, tracker)
+    while progress.step < config.num_steps:
+        step, done = progress.step, progress.step + 1
+        regular = done == config.num_steps or done == regular_step(done, config.checkpoint_every)
         engine.update_weights(models.policy, step)
+        if probe.due(step):
+            probe.look(step)
+            if probe.best_step == step:
+                checkpoints.save(step, progress.state_dict(), _keep(step, probe, config))
         # Seeds of different steps must not meet, whatever rounds and epochs add to them.
         step_seed = (seed * 1_000_003 + step) * 1_009
-        found = sampler.sample(step_seed)
+        heartbeat.beat(f"sampling for step {done} of {config.num_steps}")
+        found = parts.sampler.sample(step_seed)
         refuse_truncation(found, config)
-        experience = make_experience(
-            found,
-            models.policy,
-            models.reference if algorithm.needs_reference else None,
-            models.critic,
-            config=config,
-            engine_is_exact=engine_is_exact,
-        )
-        credit = algorithm.credit(experience, step)
-        warming_up = algorithm.critic is not None and step < algorithm.critic.warmup_steps
-        metrics = (
-            _batch_metrics(found, experience, config)
-            | {"kl/mean": _kl_to_reference(experience, models.reference, config)}
-            | credit.metrics
-            | {"credit/mode": _MODES[credit.mode]}
-            | update(
-                learner,
-                experience,
-                credit,
-                algorithm,
-                config,
-                seed=step_seed,
-                train_policy=not warming_up,
-                engine_is_exact=engine_is_exact,
-            )
-        )
-        done = step + 1
-        if traces.due(step):
-            rows = traces.traced_rows(experience)
-            after = after_update(models.policy, experience, credit, algorithm, config, rows)
-            ref_logprobs = reference_logprobs(models.reference, experience, config, rows)
-            traces.write(done, experience, credit, after, ref_logprobs, metrics)
-        tracker.log_metrics(metrics, done)
-        logger.info("step %d/%d  %s", done, config.num_steps, _summary(metrics))
-        guards.check(metrics)
+        try:
+            metrics = _learn(parts, found, step, step_seed)
+            tracker.log_metrics(metrics, done)
+            logger.info("step %d/%d  %s", done, config.num_steps, _summary(metrics))
+            guards.check(metrics)
+            if regular:
+                refuse_ruined(checkpoints)
+        except Unstable as problem:
+            _take_back(problem, found, progress, parts, tracker)
+            continue
+        progress.step, progress.metrics = done, metrics
         stopping = termination.requested()
-        if done % config.checkpoint_every == 0 or done == config.num_steps or stopping:
-            checkpoints.save(
-                done,
-                {
-                    "metrics": metrics,
-                    "position": stream.position,
-                    "algorithm": algorithm.state_dict(),
-                    "flat_fractions": guards.flat_fractions,
-                },
-            )
+        if regular or (stopping and checkpoints.ruined() is None):
+            checkpoints.save(done, progress.state_dict(), _keep(done, probe, config))
         if stopping and done < config.num_steps:
             raise termination.Terminated(f"stopped after step {done} of {config.num_steps}")
-    return OnlineResult(config.num_steps, start, metrics)
+    _refuse_nothing_learned(parts.stability, config)
+    return OnlineResult(
+        config.num_steps,
+        resumed_from,
+        progress.metrics,
+        parts.stability.interventions,
+        probe.checks,
+    )
+
+
+def _parts(
+    models: Models,
+    algorithm: OnlineAlgorithm,
+    engine: RolloutEngine,
+    rewarder: Rewarder,
+    prompts: Sequence[PromptRecord],
+    held_out: Sequence[PromptRecord],
+    config: OnlineConfig,
+    *,
+    decode: Callable[[Sequence[int]], str],
+    engine_is_exact: bool,
+    seed: int,
+    run_dir: Path,
+) -> _Parts:
+    learner = _learner(models, algorithm, config)
+    stream = PromptStream(prompts, seed)
+    return _Parts(
+        models=models,
+        algorithm=algorithm,
+        config=config,
+        learner=learner,
+        stream=stream,
+        sampler=Sampler(engine, rewarder, stream, config, algorithm.dynamic_sampling_rounds),
+        probe=HeldOutProbe(engine, rewarder, held_out, config),
+        stability=Stability(config.stability, "rl.online.stability"),
+        checkpoints=_checkpoints(run_dir, learner),
+        traces=Traces(run_dir / "traces", config, decode),
+        engine_is_exact=engine_is_exact,
+    )
+
+
+def _start(progress: _Progress, parts: _Parts, tracker: Tracker) -> int | None:
+    """Begin, or go on from a checkpoint; returns its step, or None."""
+    config = parts.config
+    checkpoint = parts.checkpoints.resume()
+    if checkpoint is None:
+        tracker.rewind(0)
+        if config.stability.rewinds:
+            parts.checkpoints.save(0, progress.state_dict())
+    else:
+        progress.resume(checkpoint)
+        tracker.resume(progress.step)
+        cursor = data_cursor(parts.stream.position, len(parts.stream.prompts), "prompt")
+        say_resumed(checkpoint, config.num_steps, cursor)
+    parts.traces.rewind(progress.step)
+    return checkpoint.step if checkpoint is not None else None
+
+
+def _learn(parts: _Parts, found: ScoredRollouts, step: int, step_seed: int) -> dict[str, float]:
+    """From scored rollouts to new weights; returns the metrics of the step.
+
+    Raises Unstable where the step must not stand.
+    """
+    models, algorithm, config = parts.models, parts.algorithm, parts.config
+    done = step + 1
+    parts.probe.check(step, found.rewards.total.mean().item())
+    experience = make_experience(
+        found,
+        models.policy,
+        models.reference if algorithm.needs_reference else None,
+        models.critic,
+        config=config,
+        engine_is_exact=parts.engine_is_exact,
+    )
+    credit = algorithm.credit(experience, step)
+    warming_up = algorithm.critic is not None and step < algorithm.critic.warmup_steps
+    metrics = (
+        _batch_metrics(found, experience, config)
+        | {"kl/mean": _kl_to_reference(experience, models.reference, config)}
+        | parts.probe.metrics(step)
+        | credit.metrics
+        | {"credit/mode": _MODES[credit.mode]}
+        | update(
+            parts.learner,
+            experience,
+            credit,
+            algorithm,
+            config,
+            seed=step_seed,
+            train_policy=not warming_up,
+            engine_is_exact=parts.engine_is_exact,
+            stability=parts.stability,
+            step=done,
+            record_ids=parts.stream.record_ids,
+        )
+        | parts.stability.metrics()
+    )
+    if parts.traces.due(step):
+        rows = parts.traces.traced_rows(experience)
+        after = after_update(models.policy, experience, credit, algorithm, config, rows)
+        ref_logprobs = reference_logprobs(models.reference, experience, config, rows)
+        parts.traces.write(done, experience, credit, after, ref_logprobs, metrics)
+    return metrics
+
+
+def _take_back(
+    problem: Unstable,
+    found: ScoredRollouts,
+    progress: _Progress,
+    parts: _Parts,
+    tracker: Tracker,
+) -> None:
+    """Go back to a good checkpoint, leaving out the prompts since then.
+
+    Raises UserError where the policy is to stop, or was followed too often.
+    """
+    config, failed = parts.config, progress.step + 1
+    records = problem.records or parts.stream.record_ids(found.rollouts)
+    parts.stability.intervene(problem, step=failed, records=records)
+    target = _target(problem, progress.step, parts.probe, config)
+    progress.go_back(go_back(parts.checkpoints, target))
+    parts.stability.rewound(failed, progress.step, problem, records)
+    tracker.rewind(progress.step)
+    parts.traces.rewind(progress.step)
+    parts.checkpoints.save(
+        progress.step, progress.state_dict(), _keep(progress.step, parts.probe, config)
+    )
+
+
+def _target(problem: Unstable, step: int, probe: HeldOutProbe, config: OnlineConfig) -> int:
+    """Step that training goes back to from a problem that was met after `step` steps."""
+    if problem.case == "held_out":
+        assert probe.best_step is not None
+        return probe.best_step
+    if problem.case in ("kl", "entropy"):
+        # Measured on the weights that the step began with: their own checkpoint is no good either.
+        step = max(step - 1, 0)
+    return regular_step(step, config.checkpoint_every)
+
+
+def _keep(step: int, probe: HeldOutProbe, config: OnlineConfig) -> list[int]:
+    """Checkpoints that training may have to go back to from `step` on."""
+    kept = [regular_step(one, config.checkpoint_every) for one in (step, max(step - 1, 0))]
+    return kept if probe.best_step is None else [*kept, probe.best_step]
+
+
+def _refuse_nothing_learned(stability: Stability, config: OnlineConfig) -> None:
+    total = config.num_steps * config.num_epochs * config.num_mini_batches
+    if stability.metrics().get("stability/num_skipped", 0.0) >= total:
+        raise UserError(
+            f"each of the {total} optimizer steps of rl.online was left out, so nothing was "
+            "learned: look at the rewards, or lower the learning rate"
+        )
 
 
 def _learner(models: Models, algorithm: OnlineAlgorithm, config: OnlineConfig) -> Learner:
@@ -171,30 +379,6 @@ def _checkpoints(run_dir: Path, learner: Learner) -> Checkpoints:
         models["critic"] = learner.critic
         optimizers["critic"] = learner.critic_optimizer
     return Checkpoints(run_dir / "checkpoints", models, optimizers)
-
-
-def _resume(
-    checkpoints: Checkpoints,
-    algorithm: OnlineAlgorithm,
-    stream: PromptStream,
-    guards: Guards,
-    tracker: Tracker,
-    config: OnlineConfig,
-) -> tuple[int | None, dict[str, float]]:
-    checkpoint = checkpoints.resume()
-    if checkpoint is None:
-        return None, {}
-    algorithm.load_state_dict(checkpoint.extra["algorithm"])
-    stream.position = checkpoint.extra["position"]
-    guards.flat_fractions = checkpoint.extra["flat_fractions"]
-    tracker.rewind(checkpoint.step)
-    logger.info(
-        "resuming at step %d of %d (prompt %d of the data order)",
-        checkpoint.step,
-        config.num_steps,
-        stream.position,
-    )
-    return checkpoint.step, checkpoint.extra["metrics"]
 
 
 def _batch_metrics(

@@ -42,6 +42,11 @@ class PromptStream:
         self.position += count
         return [self.prompts[index] for index in indices]
 
+    def record_ids(self, rollouts: Sequence[Rollout]) -> list[str]:
+        """Ids of the records that rollouts answer, each once, in order."""
+        ids = {tuple(p.prompt_ids): str(p.record["id"]) for p in reversed(self.prompts)}
+        return list(dict.fromkeys(ids[tuple(rollout.prompt_ids)] for rollout in rollouts))
+
 
 @dataclass(frozen=True)
 class ScoredRollouts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from schemas.base import UserError
 from schemas.rl import OnlineConfig
+from stages import heartbeat
 from stages.core.aggregation import aggregate, denominator
 from stages.core.losses import mismatch_kl, mismatch_weights
 from stages.core.masks import masked_sum
@@ -19,7 +20,9 @@ from stages.optimization import Optimizer
 from stages.rl.algorithms import OnlineAlgorithm
 from stages.rl.experience import Credit, Experience, TrainBatch
 from stages.rl.rollouts import single_update
+from stages.rollout.types import Rollout
 from stages.shared_critic import Critic, SharedCritic
+from stages.stability import Stability, Unstable
 
 _NO_CRITIC_LOSS = {"critic/loss": 0.0, "critic/clip_fraction": 0.0}
 
@@ -42,6 +45,19 @@ class Learner:
         """The critic if its backbone is the policy's."""
         return self.critic if isinstance(self.critic, SharedCritic) else None
 
+    def clear(self) -> None:
+        """Drop every gradient."""
+        self.policy_optimizer.clear()
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.clear()
+
+    def skip(self, train_policy: bool) -> None:
+        """Leave out an optimizer step; the schedules move on."""
+        if train_policy:
+            self.policy_optimizer.skip()
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.skip()
+
 
 def update(
     learner: Learner,
@@ -53,23 +69,43 @@ def update(
     seed: int,
     train_policy: bool,
     engine_is_exact: bool,
+    stability: Stability,
+    step: int,
+    record_ids: Callable[[Sequence[Rollout]], list[str]],
 ) -> dict[str, float]:
-    """Passes over a rollout batch; returns the metrics of the update, means over its steps."""
+    """Passes over a rollout batch; returns the metrics of the update, means over its steps.
+
+    step: number of the rollout batch, from 1; record_ids: ids of the records that rollouts answer;
+    both for messages. Where `stability` leaves out every optimizer step, there are no metrics.
+    Raises Unstable where the whole rollout batch must not stand.
+    """
     batch = train_batch(experience, credit)
     found: list[dict[str, float]] = []
     for rows in _mini_batches(experience, config, seed):
         _refuse_untrainable(batch.completion_mask[rows])
         metrics: dict[str, float] = {}
-        if train_policy:
-            metrics |= _policy_gradient(
-                learner, experience, batch, rows, algorithm, config, engine_is_exact
-            )
-            if not found:
-                # Before the first update of the batch, policy and engine must still be the same.
-                _check_mismatch(metrics["mismatch_kl"], config)
-        if learner.critic is not None and not (train_policy and learner.shared_critic):
-            metrics |= _critic_gradient(learner, experience, batch, rows, algorithm, config)
-        found.append(metrics | _step(learner, train_policy))
+        try:
+            if train_policy:
+                metrics |= _policy_gradient(
+                    learner, experience, batch, rows, algorithm, config, engine_is_exact, stability
+                )
+                if not found:
+                    # Before the first update of the batch, policy and engine must be the same.
+                    _check_mismatch(metrics["mismatch_kl"], config)
+            if learner.critic is not None and not (train_policy and learner.shared_critic):
+                metrics |= _critic_gradient(
+                    learner, experience, batch, rows, algorithm, config, stability
+                )
+            found.append(metrics | _step(learner, train_policy, stability))
+        except Unstable as problem:
+            learner.clear()
+            problem.records = record_ids([experience.rollouts[row] for row in rows])
+            if stability.action(problem) != "skip":
+                raise
+            stability.intervene(problem, step=step, records=problem.records)
+            learner.skip(train_policy)
+    if not found:
+        return {}
     names = found[0].keys()
     means = {name: sum(metrics[name] for metrics in found) / len(found) for name in names}
     if train_policy:
@@ -98,6 +134,7 @@ def _policy_gradient(
     algorithm: OnlineAlgorithm,
     config: OnlineConfig,
     engine_is_exact: bool,
+    stability: Stability,
 ) -> dict[str, float]:
     """Gradient of the policy's loss; with a shared critic, of the value loss too, in one pass."""
     critic = learner.shared_critic
@@ -135,7 +172,9 @@ def _policy_gradient(
         sums["policy/loss"] += loss.item()
         if values is not None:
             loss = loss + _critic_loss(values, micro, algorithm, mask, sums)
+        stability.check_loss(loss.item())
         loss.backward()
+        heartbeat.beat("training the policy on rollouts")
         share = float(micro.completion_mask.sum()) / num_tokens
         sums["mismatch_kl"] += share * mismatch_kl(
             logprobs.detach(), micro.rollout_logprobs, micro.completion_mask
@@ -152,6 +191,7 @@ def _critic_gradient(
     rows: list[int],
     algorithm: OnlineAlgorithm,
     config: OnlineConfig,
+    stability: Stability,
 ) -> dict[str, float]:
     """Gradient of the value loss alone; a shared critic warms up here, and only its head."""
     assert learner.critic is not None
@@ -165,7 +205,10 @@ def _critic_gradient(
             experience.width,
             head_only=learner.shared_critic is not None,
         )
-        _critic_loss(values, batch.select(chosen), algorithm, mask, sums).backward()
+        loss = _critic_loss(values, batch.select(chosen), algorithm, mask, sums)
+        stability.check_loss(loss.item())
+        loss.backward()
+        heartbeat.beat("training the critic on rollouts")
     return sums
 
 
@@ -188,10 +231,19 @@ def _critic_loss(
     return loss if weight is None else weight * loss
 
 
-def _step(learner: Learner, train_policy: bool) -> dict[str, float]:
-    metrics = learner.policy_optimizer.step() if train_policy else {}
-    if learner.critic_optimizer is not None:
-        metrics["critic/grad_norm"] = learner.critic_optimizer.step()["grad_norm"]
+def _step(learner: Learner, train_policy: bool, stability: Stability) -> dict[str, float]:
+    """Both optimizers step, or neither: every norm is judged before."""
+    metrics: dict[str, float] = {}
+    critic_optimizer = learner.critic_optimizer
+    if critic_optimizer is not None:
+        metrics["critic/grad_norm"] = critic_optimizer.clip()
+        stability.check_grad_norm(metrics["critic/grad_norm"], "critic's")
+    if train_policy:
+        metrics["grad_norm"] = learner.policy_optimizer.clip()
+        stability.check_grad_norm(metrics["grad_norm"])
+        metrics["learning_rate"] = learner.policy_optimizer.step(stability.learning_rate_scale)
+    if critic_optimizer is not None:
+        critic_optimizer.step(stability.learning_rate_scale)
     return metrics
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from schemas.rl import SamplingConfig
+from stages import heartbeat
 from stages.precision import constant_weights
 from stages.rollout.attention import decode_attention
 from stages.rollout.checks import check_lengths
@@ -99,6 +100,7 @@ class NativeEngine:
             torch.tensor([place[prompt] for prompt, _ in batch], device=self._model.device)
         )
         while True:
+            heartbeat.beat(f"sampling {len(batch)} completions of {len(prompts)} prompts")
             tokens = completions.draw(context.logits, self._eos_token_ids)
             if completions.done:
                 break

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from schemas.base import UserError
 from schemas.rl import SamplingConfig
+from stages import heartbeat
 from stages.rollout.checks import check_lengths
 from stages.rollout.streams import request_seed
 from stages.rollout.types import Rollout
@@ -48,6 +49,7 @@ class VLLMEngine:
     def __init__(
         self, model_folder: Path, *, eos_token_ids: Sequence[int], max_batch_size: int
     ) -> None:
+        heartbeat.beat("starting vLLM")
         vllm = _import_vllm()
         config = AutoConfig.from_pretrained(model_folder)
         size, self._context = _cache_room(config, max_batch_size)
@@ -138,6 +140,7 @@ class VLLMEngine:
         assert found, f"{type(model).__name__} has no logits processor to apply a temperature to"
 
         def divide(module: object, arguments: object, logits: torch.Tensor) -> torch.Tensor:
+            heartbeat.beat("sampling with vLLM")
             return logits if self._temperature == 1.0 else logits.float() / self._temperature
 
         for part in found:

@@ -74,6 +74,7 @@ class FakeStages:
         store: Store,
         on_line: Callable[[str], None],
         timeout: float | None = None,
+        hang_timeout: float | None = None,
         env: Mapping[str, str] | None = None,
     ) -> StageOutcome:
         assert store.lock_descriptor(request.fingerprint) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from infra.heartbeat import HeartbeatWriter
 from infra.launch import die_with_parent, write_result
 from infra.store import Store
 from schemas.artifacts import CreatedBy, DatasetArtifact
@@ -90,6 +92,15 @@ def ignores_sigterm(work: Path, request: PrepareDataRequest) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("ready", flush=True)
     time.sleep(60)
+
+
+def hangs_for_good(work: Path, request: PrepareDataRequest) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
+    writer = HeartbeatWriter(work)
+    for step in range(3):
+        writer.beat(f"training on step {step + 1}")
+    time.sleep(120)
 
 
 main()

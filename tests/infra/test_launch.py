@@ -16,7 +16,8 @@ from infra import launch
 from infra.launch import StageFailed, run_stage, terminate_all, write_result
 from infra.store import Store
 from schemas.base import UserError
-from schemas.requests import PrepareDataRequest
+from schemas.data import DataSource
+from schemas.requests import PrepareDataRequest, Runtime
 
 FINGERPRINT = "a" * 64
 RequestFor = Callable[[str], PrepareDataRequest]
@@ -51,13 +52,17 @@ def run(
     store: Store, request_for: RequestFor, scripted_stage: dict[str, str]
 ) -> Callable[..., launch.StageOutcome]:
     def run(
-        behaviour: str, on_line: Callable[[str], None] = ignore, timeout: float | None = None
+        behaviour: str,
+        on_line: Callable[[str], None] = ignore,
+        timeout: float | None = None,
+        hang_timeout: float | None = None,
     ) -> launch.StageOutcome:
         return run_stage(
             request_for(behaviour),
             store=store,
             on_line=on_line,
             timeout=timeout,
+            hang_timeout=hang_timeout,
             env=scripted_stage,
         )
 
@@ -147,6 +152,87 @@ def test_a_stage_that_ignores_sigterm_is_killed(
     with pytest.raises(StageFailed, match="longer than 5 s"):
         run("ignores_sigterm", timeout=5)
     assert gone(int((store.work_dir(FINGERPRINT) / "pid").read_text()))
+
+
+@pytest.mark.slow
+def test_a_stage_that_hangs_shows_its_stacks_and_is_killed(
+    run: Run, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.5)
+    # What an earlier attempt left is no sign of life of this one.
+    (store.work_dir(FINGERPRINT) / "heartbeat.json").write_text('{"number": 9, "doing": "old"}')
+    with pytest.raises(
+        StageFailed,
+        match=r"prepare_data hung: it made no progress for \d+ s while training on step 3 "
+        r"\(sign of life 3\), and compute.hang_timeout is 5 s.*stage.log",
+    ) as caught:
+        run("hangs_for_good", hang_timeout=5)
+    assert caught.value.retryable
+    assert caught.value.exit_code == -signal.SIGKILL
+    log = (store.work_dir(FINGERPRINT) / "stage.log").read_text()
+    assert "most recent call first" in log
+    assert "in hangs_for_good" in log
+    assert gone(int((store.work_dir(FINGERPRINT) / "pid").read_text()))
+
+
+SOURCE = """
+import time
+
+def hanging():
+    yield {"prompt": "1+1=", "answer": "2"}
+    time.sleep(600)
+
+def slow():
+    for number in range(40):
+        time.sleep(0.5)
+        yield {"prompt": f"{number}+1=", "answer": str(number + 1)}
+"""
+
+
+@pytest.fixture
+def run_real(tmp_path: Path, store: Store) -> Callable[[str], launch.StageOutcome]:
+    """Runs the real stage that prepares data, with a generator of the user's."""
+    (tmp_path / "own_source.py").write_text(SOURCE)
+    repository = str(Path(__file__).parents[2])
+
+    def run_real(generator: str) -> launch.StageOutcome:
+        request = PrepareDataRequest(
+            fingerprint=FINGERPRINT,
+            runtime=Runtime(store=str(store.root)),
+            split="prompts",
+            layout="verifiable",
+            source=DataSource(generator=f"own_source:{generator}"),
+        )
+        return run_stage(
+            request,
+            store=store,
+            on_line=ignore,
+            hang_timeout=10,
+            env={"PYTHONPATH": os.pathsep.join([str(tmp_path), repository])},
+        )
+
+    return run_real
+
+
+@pytest.mark.slow
+def test_a_real_stage_that_hangs_is_found_out(
+    run_real: Callable[[str], launch.StageOutcome], store: Store
+) -> None:
+    with pytest.raises(
+        StageFailed, match=r"for \d+ s while preparing data.prompts \(sign of life \d+\)"
+    ) as caught:
+        run_real("hanging")
+    assert caught.value.retryable
+    log = (store.work_dir(FINGERPRINT) / "stage.log").read_text()
+    assert "own_source.py" in log and "in hanging" in log
+
+
+@pytest.mark.slow
+def test_a_real_stage_that_is_slow_is_left_alone(
+    run_real: Callable[[str], launch.StageOutcome],
+) -> None:
+    # Twenty seconds of work, twice the limit; but no ten of them without a record.
+    assert run_real("slow").artifact.metrics["num_kept"] == 40
 
 
 def test_terminate_all_stops_stages_of_other_threads(run: Run, store: Store) -> None:

@@ -54,7 +54,9 @@ def test_rewind_forgets_later_steps_and_keeps_the_rest(tmp_path: Path) -> None:
         tracker.log_metrics({"loss": math.nan if step == 2 else float(step)}, step)
     before = tracker.path.read_bytes().splitlines()
     assert tracker.resumed_from_step is None
-    tracker.rewind(3)
+    tracker.rewind(4)  # within one attempt: nothing was resumed
+    assert tracker.resumed_from_step is None
+    tracker.resume(3)
     assert tracker.resumed_from_step == 3
     assert tracker.path.read_bytes().splitlines() == before[:3]
     tracker.rewind(3)

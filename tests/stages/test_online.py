@@ -22,6 +22,7 @@ from stages.rewards.verifiers import build_verifier
 from stages.rl import online
 from stages.rl.algorithms import online_algorithm
 from stages.rl.guards import Guards
+from stages.rl.held_out import split_held_out
 from stages.rl.rollouts import PromptRecord, PromptStream, Sampler
 from stages.rollout.engine import build_engine
 from stages.rollout.types import Rollout
@@ -146,7 +147,7 @@ def train(
             functions,
             engine,
             rewarder(tokenizer, folder),
-            prompts(tokenizer),
+            *split_held_out(prompts(tokenizer), config.online.stability.held_out),
             config.online,
             decode=partial(decode, tokenizer),
             engine_is_exact=engine_is_exact,
@@ -347,8 +348,8 @@ def test_a_batch_without_a_trained_token_stops_the_stage(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_kl": 1e-6}, r"nats a sequence away.*max_kl 1e-06: raise kl_coef"),
-        ({"min_entropy": 100.0}, r"entropy fell to .*min_entropy 100.0: it no longer explores"),
+        ({"max_kl": 1e-6}, r"nats a sequence away.*max_kl 1e-06 .*: raise kl_coef"),
+        ({"min_entropy": 100.0}, r"entropy fell to .*min_entropy 100.0 .*: it no longer explores"),
     ],
 )
 def test_a_policy_that_runs_away_stops_the_stage(

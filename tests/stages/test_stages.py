@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,27 @@ def test_sft_learns_and_is_a_plain_hugging_face_folder(house: House) -> None:
     ids = torch.tensor([tokenizer("2+2=").input_ids])
     output = model.generate(ids, max_new_tokens=12, do_sample=False)
     assert tokenizer.decode(output[0]).startswith("2+2=2+2=")
+
+
+def test_every_trained_model_says_what_was_done_about_unstable_steps(house: House) -> None:
+    for artifact in (house.sft(), house.reward_model(), house.process_reward_model()):
+        audit = json.loads((house.folder(artifact) / "posttrain.json").read_text())
+        assert audit == {"stability": []}
+        assert not [name for name in artifact.metrics if name.startswith("stability/")]
+    limits = {"grad_norm": {"max": 1e-9}, "max_interventions": 100}
+    with pytest.raises(UserError, match="each of the 2 steps of sft was left out"):
+        house.sft(max_steps=2, stability=limits)
+    limits["grad_norm"] = {"max_ratio": 1.0001, "window": 2}
+    artifact = house.sft(max_steps=40, stability=limits)
+    audit = json.loads((house.folder(artifact) / "posttrain.json").read_text())
+    skipped = audit["stability"]
+    assert 1 <= len(skipped) < 38
+    assert artifact.metrics["stability/num_skipped"] == len(skipped)
+    assert artifact.metrics["stability/num_rewinds"] == 0
+    for one in skipped:
+        assert (one["case"], one["action"]) == ("grad_norm", "skip")
+        assert one["value"] > one["limit"]
+        assert len(one["records"]) == 32
 
 
 def test_the_same_request_gives_the_same_bits(house: House, tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def train(
     try:
         result = supervised.train(
             model,
-            num_records=len(data),
+            section="sft",
+            record_ids=[f"r{index}" for index in range(len(data))],
             micro_losses=losses,
             settings=config,
             seed=5,
@@ -82,7 +83,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, die_
     # Checkpoints come every 3 steps; call n is step n - 1.
     last_checkpoint = (die_at - 1) // 3 * 3
     assert result.resumed_from_step == (last_checkpoint or None)
-    assert resumed.rewound == ([last_checkpoint] if last_checkpoint else [])
+    assert resumed.resumed == ([last_checkpoint] if last_checkpoint else [])
     assert same(model, expected)
     # Metrics of a step that was never checkpointed are logged again, with the same numbers.
     assert dict(resumed.lines) == dict(whole.lines)
