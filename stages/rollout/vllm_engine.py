@@ -49,11 +49,15 @@ class VLLMEngine:
         self, model_folder: Path, *, eos_token_ids: Sequence[int], max_batch_size: int
     ) -> None:
         vllm = _import_vllm()
-        config = AutoConfig.from_pretrained(model_folder)
+        config = AutoConfig.from_pretrained(
+            model_folder, local_files_only=True, trust_remote_code=False
+        )
         size, self._context = _cache_room(config, max_batch_size)
         self._sampling_params = vllm.SamplingParams
         self._llm = vllm.LLM(
             model=str(model_folder),
+            trust_remote_code=False,
+            load_format="safetensors",
             # "auto" would turn float32 into a format of 16 bits.
             dtype=_dtype(config),
             skip_tokenizer_init=True,
