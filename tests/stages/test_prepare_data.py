@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import contextlib
 import json
+import sys
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -21,9 +23,11 @@ from schemas.data import DataSource
 from schemas.fingerprint import fingerprint
 from schemas.records import LAYOUT_FIELDS, digest_position, prompt_digest, record_prompt
 from schemas.requests import PrepareDataRequest, Runtime
+from schemas.rewards import VerifierConfig
 from stages import prepare_data
 from stages.data.records import iter_records, read_records
 from stages.data.sources import source_digests
+from stages.rewards.verifiers import build_verifier
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 LAYOUTS: dict[str, Any] = {
@@ -105,6 +109,29 @@ def problem(index: int) -> dict[str, str]:
 
 
 # What comes out.
+
+
+def test_a_record_cannot_cause_an_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "mark"
+    (tmp_path / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(mark)!r}).touch()\ndef verify(*_): return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = ("verifier", "function", "generator", "transform", "__class__", "__reduce__", "type")
+    bait: dict[str, Any] = dict.fromkeys(names, "evil:verify")
+    record = {"prompt": "evil:verify", "answer": "evil:verify", "metadata": bait, **bait}
+    write_lines(tmp_path / "e.jsonl", record)
+    artifact = prepare(tmp_path, "evaluation", {"path": "e.jsonl"})
+    assert records_of(tmp_path, artifact)[0]["metadata"] == bait
+    for function in ("math_verify", "stages.tasks.arithmetic:verify"):
+        verifier = build_verifier(VerifierConfig(function=function))
+        with contextlib.suppress(UserError):  # math-verify finds no mathematics there
+            verifier.score(["evil:verify"], ["evil:verify"])
+        verifier.close()
+    assert not mark.exists()
+    assert "evil" not in sys.modules
 
 
 def test_records_come_out_in_order_with_ids(tmp_path: Path) -> None:
