@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from infra.redaction import secret_in
 from schemas.base import UserError
 from schemas.pipeline import PipelineConfig
 
@@ -84,6 +85,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Pipeli
     recipe = read_recipe(find_recipe(name_or_path))
     content = recipe.content
     set_places = [apply_override(content, override) for override in overrides or []]
+    _refuse_secrets(recipe, content, set_places)
     text = json.dumps(content, default=str)
     try:
         # From JSON, strictly: a list becomes a tuple, but a text never becomes a number.
@@ -219,6 +221,33 @@ def _index(node: yaml.Node, place: Place, lines: dict[Place, int], path: Path) -
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             _index(item, (*place, index), lines, path)
+
+
+def _refuse_secrets(recipe: Recipe, content: Any, set_places: list[Place]) -> None:
+    """A recipe is written into records, requests and MLflow: no secret may stand in it."""
+    problems: list[str] = []
+    for place, text in _texts(content, ()):
+        found = secret_in(text)
+        if found is not None:
+            dotted = _dotted(place)
+            problems.append(
+                f"{_where(place, dotted, recipe, set_places)}: {dotted} holds {found}, and a "
+                "recipe is kept with every run: leave it in the environment, and let the function "
+                "that needs it read it there"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _texts(value: Any, place: Place) -> Iterator[tuple[Place, str]]:
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _texts(item, (*place, str(key)))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts(item, (*place, index))
 
 
 def _problems(error: ValidationError, recipe: Recipe, set_places: list[Place]) -> list[str]:

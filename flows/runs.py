@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from infra.redaction import redact_value
 from schemas.base import Frozen, UserError
 from schemas.fingerprint import digest
 from schemas.pipeline import PipelineConfig
@@ -117,7 +118,8 @@ class OpenRun:
         self.write(self.record.model_copy(update=fields))
 
     def write(self, record: RunRecord) -> None:
-        """Replace the record in memory and, by one rename, on disk."""
+        """Replace the record in memory and, by one rename, on disk; without secrets."""
+        record = record.model_copy(update={"outcome": redact_value(record.outcome)})
         self.record = record
         temporary = self.folder / f"run.json.{os.getpid()}"
         temporary.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from infra.files import write_atomic
 from infra.mlflow_uri import artifact_location
+from infra.redaction import redact
 from infra.tracking import parse_line
 from schemas.base import Frozen
 
@@ -73,7 +74,7 @@ class Tracking:
         """Log parameters, nested ones with dots. MLflow lets none be changed: the first stays."""
         known = self.client.get_run(run_id).data.params
         new = [
-            Param(metric_name(key), str(value)[:_MAX_VALUE_LENGTH])
+            Param(metric_name(key), redact(str(value))[:_MAX_VALUE_LENGTH])
             for key, value in _flat(params)
             if metric_name(key) not in known
         ]
@@ -82,7 +83,8 @@ class Tracking:
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags, over old ones."""
-        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        shown = [RunTag(key, redact(value)) for key, value in tags.items()]
+        self.client.log_batch(run_id, tags=shown)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log numbers at once; for the few that do not come out of a metrics file."""
@@ -91,8 +93,8 @@ class Tracking:
         self.log_metric_values(run_id, values)
 
     def log_file(self, run_id: str, path: Path) -> None:
-        """Keep a small file with a run; an earlier one of the same name is replaced."""
-        self.client.log_artifact(run_id, str(path))
+        """Keep a small text file with a run; an earlier one of the same name is replaced."""
+        self.client.log_text(run_id, redact(path.read_text(encoding="utf-8")), path.name)
 
     def log_metric_values(self, run_id: str, values: list[Metric]) -> None:
         """Log metric values that carry their own steps and times."""
@@ -116,7 +118,8 @@ class Tracking:
         rule = " and ".join(f"tags.`{key}` = '{value}'" for key, value in wanted.items())
         found = self.client.search_runs([experiment_id], rule, max_results=1)
         if not found:
-            run = self.client.create_run(experiment_id, tags=dict(tags), run_name=name)
+            shown = {key: redact(value) for key, value in tags.items()}
+            run = self.client.create_run(experiment_id, tags=shown, run_name=name)
             return str(run.info.run_id)
         run_id = str(found[0].info.run_id)
         self.client.update_run(run_id, status="RUNNING")
@@ -131,8 +134,8 @@ class Tracking:
             if isinstance(error, MlflowException) and error.error_code != "INTERNAL_ERROR":
                 raise
             raise TrackingUnavailable(
-                f"MLflow at {self.uri} does not answer ({error}); start it, or set "
-                "MLFLOW_TRACKING_URI to another address (unset: a database in the home)"
+                f"MLflow at {redact(self.uri)} does not answer ({redact(str(error))}); start it, "
+                "or set MLFLOW_TRACKING_URI to another address (unset: a database in the home)"
             ) from error
 
 
@@ -183,7 +186,7 @@ class MetricsShipper:
         self._ship: Callable[[], int] = partial(
             ship_pending, tracking, run_id, metrics_path, cursor_path
         )
-        self._place = f"{tracking.uri} (metrics wait in {metrics_path})"
+        self._place = f"{redact(tracking.uri)} (metrics wait in {metrics_path})"
         self._stop = threading.Event()
         self._drained = False
         # A daemon: a request that hangs must not keep the program from ending.
@@ -221,7 +224,7 @@ class MetricsShipper:
                 self._ship()
             except Exception as error:  # whatever it is, training goes on
                 if pause == _POLL_SECONDS:
-                    _log.warning("MLflow does not answer: %s: %s", self._place, error)
+                    _log.warning("MLflow does not answer: %s: %s", self._place, redact(str(error)))
                 pause = min(2 * pause, _MAX_BACKOFF_SECONDS)
                 if stopping:
                     return

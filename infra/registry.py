@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from infra.files import file_lock
 from infra.manifest import CorruptArtifact, build_manifest, manifest_digest
+from infra.redaction import redact, redact_value
 from schemas.artifacts import PolicyCheckpoint
 from schemas.base import UserError
 
@@ -66,7 +67,7 @@ class Registry:
             if manifest_digest(build_manifest(folder)) != artifact.sha256:
                 raise CorruptArtifact(f"{folder} is not the artifact {artifact.sha256[:12]}")
             own = {_SHA256_TAG: artifact.sha256, _FINGERPRINT_TAG: artifact.fingerprint}
-            all_tags = {**tags, **own}
+            all_tags = {**redact_value(tags), **own}
             model = self._upload(name, folder, source_run_id, all_tags)
             self._create_name(name)
             # The place itself and not `models:/ID`, which a local database would look up through
@@ -137,7 +138,7 @@ class Registry:
                     "choose a version with `posttrain promote`"
                 )
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            note = f"{when} to version {good.version}: {reason}"
+            note = f"{when} to version {good.version}: {redact(reason)}"
             self.client.set_model_version_tag(name, bad.version, _ROLLBACK_TAG, note)
             self.set_alias(name, CHAMPION, good.version)
             # It would now point at the champion itself.

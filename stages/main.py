@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 from infra.launch import die_with_parent, write_result
+from infra.redaction import redact_process
 from infra.store import Store
 from infra.tracking import FileTracker, Tracker
 from schemas.artifacts import AnyArtifact
@@ -36,6 +37,7 @@ _TRANSIENT = (OSError, MemoryError, TimeoutError)
 def main() -> int:
     """Exit code 0 for a finished stage, 2 for a user's error, 75 when asked to stop, else 1."""
     die_with_parent()
+    redact_process()
     work_dir = Path(sys.argv[1])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -15,6 +15,7 @@ STAGES_MAY_USE = {
     "infra.devices",
     "infra.files",
     "infra.launch",
+    "infra.redaction",
     "infra.store",
     "infra.tracking",
 }
