@@ -51,8 +51,37 @@ class Recipe:
     lines: dict[Place, int]
 
 
+_MAX_DEPTH = 40
+_MAX_NODES = 100_000
+"""Of a recipe with its aliases written out: a few lines can stand for billions of values."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML where `3e-4` is a number, dates are texts, and a field given twice is an error."""
+    """YAML where `3e-4` is a number, dates are texts, and a field given twice is an error.
+
+    Nesting is bounded: the scanner's time grows with the square of the depth.
+    """
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """Refuse what no recipe needs, before it takes for ever."""
+        self._check_depth()
+        super().fetch_flow_collection_start(token)
+
+    def add_indent(self, column: int) -> bool:
+        """Refuse what no recipe needs."""
+        self._check_depth()
+        added: bool = super().add_indent(column)
+        return added
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """The values of a document whose aliases stay within bounds."""
+        _check_size(node, {})
+        return super().construct_document(node)
+
+    def _check_depth(self) -> None:
+        if self.flow_level + len(self.indents) > _MAX_DEPTH:
+            problem = f"nested more than {_MAX_DEPTH} levels deep"
+            raise yaml.scanner.ScannerError(None, None, problem, self.get_mark())
 
 
 _REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
@@ -135,6 +164,7 @@ def read_recipe(path: Path) -> Recipe:
                 raise UserError(
                     f"{path}: the recipe is empty; start from {SHIPPED / 'quickstart.yaml'}"
                 )
+            _check_size(node, {})
             lines: dict[Place, int] = {}
             _index(node, (), lines, path)
             content = loader.construct_document(node)
@@ -167,7 +197,7 @@ def apply_override(content: dict[str, Any], override: str) -> Place:
         raise UserError(f"--set {override}: write it as --set section.field=value")
     try:
         value = yaml.load(value_text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = getattr(error, "problem", None) or error
         raise UserError(f"--set {override}: the value is not valid YAML: {problem}") from None
     here: Any = content
@@ -199,6 +229,27 @@ def apply_override(content: dict[str, Any], override: str) -> Place:
                 f"--set {override}: {_dotted(place)} is {_shown(here)}, it has no field {part}"
             )
     return tuple(place)
+
+
+def _check_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Nodes below and with a node, every alias counted as what it stands for."""
+    known = sizes.get(id(node), 0)
+    if known is None:
+        raise yaml.MarkedYAMLError(None, None, "an alias holds itself", node.start_mark)
+    if known:
+        return known
+    sizes[id(node)] = None
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        inner = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    size = 1 + sum(_check_size(part, sizes) for part in inner)
+    if size > _MAX_NODES:
+        problem = f"stands for more than {_MAX_NODES} values"
+        raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
+    sizes[id(node)] = size
+    return size
 
 
 def _index(node: yaml.Node, place: Place, lines: dict[Place, int], path: Path) -> None:

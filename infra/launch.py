@@ -254,7 +254,7 @@ def _run_to_end(child: _Child, timeout: float | None) -> int:
 def _read_result(work: Path) -> StageResult | None:
     try:
         return StageResult.model_validate_json((work / "result.json").read_bytes())
-    except (FileNotFoundError, ValidationError):
+    except (OSError, ValidationError):
         return None
 
 

@@ -15,12 +15,12 @@ from typing import Any, Literal, Self
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from infra.files import write_atomic
 from infra.mlflow_uri import artifact_location
 from infra.redaction import redact
-from infra.tracking import parse_line
+from infra.tracking import parse_lines
 from schemas.base import Frozen
 
 _log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def _metric(key: str, value: float, seconds: float, step: int) -> Metric:
 class _Cursor(Frozen):
     """How far a metrics file has been shipped."""
 
-    offset: int = 0
+    offset: int = Field(default=0, ge=0)
     """Bytes that were read."""
     last_line: str = ""
     """The line that ends at `offset`; if it is not there any more, the file was rewritten."""
@@ -172,7 +172,7 @@ def ship_pending(tracking: Tracking, run_id: str, metrics_path: Path, cursor_pat
         values = _new_values(lines, steps)
         tracking.log_metric_values(run_id, values)
         sent += len(values)
-        cursor = _Cursor(offset=offset, last_line=lines[-1].decode(), steps=steps)
+        cursor = _Cursor(offset=offset, last_line=lines[-1].decode("utf-8", "replace"), steps=steps)
         write_atomic(cursor_path, cursor.model_dump_json())
     return sent
 
@@ -244,14 +244,21 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _read_cursor(path: Path) -> _Cursor:
-    return _Cursor.model_validate_json(path.read_bytes()) if path.exists() else _Cursor()
+    """The cursor of an earlier process; a damaged one counts as none: MLflow drops what it has."""
+    if not path.exists():
+        return _Cursor()
+    try:
+        return _Cursor.model_validate_json(path.read_bytes())
+    except ValidationError:
+        _log.warning("%s is damaged: all metrics are shipped again", path)
+        return _Cursor()
 
 
 def _start_offset(path: Path, cursor: _Cursor) -> int:
     """Where to go on: the cursor's offset if the file still is the one that was read, else 0."""
     last = cursor.last_line.encode()
     start = cursor.offset - len(last)
-    if not path.exists():
+    if start < 0 or not path.exists():
         return 0
     with path.open("rb") as file:
         file.seek(start)
@@ -280,7 +287,7 @@ def _batches(path: Path, offset: int) -> Iterator[tuple[list[bytes], int]]:
 def _new_values(lines: list[bytes], steps: dict[str, int]) -> list[Metric]:
     """The values of later steps than `steps` tells of; brings `steps` up to date."""
     values: list[Metric] = []
-    for line in map(parse_line, lines):
+    for line in parse_lines(lines):
         for key, value in line.metrics.items():
             if line.step > steps.get(key, -1):
                 steps[key] = line.step

@@ -25,6 +25,8 @@ _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
+    # Its parallel group, though of one process, meets at this address.
+    "VLLM_HOST_IP": "127.0.0.1",
 }
 
 # vLLM takes all the memory that it is not told to leave, and the trainer needs the rest.
