@@ -121,4 +121,4 @@ def files(good: list[bytes]) -> st.SearchStrategy[bytes]:
     mark = st.sampled_from([b"", b"", b"\xef\xbb\xbf", b"\xff\xfe", b"\x1f\x8b"])
     noise = st.tuples(mark, lines).map(b"".join)
     mutants = [broken(one) for one in good]
-    return st.one_of(st.binary(max_size=80), noise, *mutants)
+    return st.one_of(st.binary(max_size=80), noise, *mutants, *map(st.just, good))

@@ -14,12 +14,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 from flows.display import print_run, runs_table
 from flows.runs import RunRecord, Runs
+from infra.files import file_digest
 from infra.launch import _read_result, write_result
 from infra.manifest import CorruptArtifact, build_manifest, check_sizes, parse_manifest
 from infra.mlflow_tracking import _read_cursor, ship_pending
@@ -29,10 +31,13 @@ from schemas.artifacts import CreatedBy, DatasetArtifact, artifact_adapter
 from schemas.base import UserError
 from schemas.fingerprint import canonical_json
 from schemas.requests import PrepareDataRequest
+from schemas.training import OptimizerConfig
 from stages import prepare_data
+from stages.checkpoint import Checkpoints
 from stages.data.layouts import validate_record
 from stages.data.raw import RawRecord
 from stages.main import read_request
+from stages.optimization import Optimizer
 
 sys.path.insert(0, str(Path(__file__).parent))  # the strategies beside this file
 from strategies import JSON, TEXT, WORDS, broken, changed, dump, files
@@ -367,3 +372,37 @@ def test_artifact_documents(judge: Any, value: Any) -> None:
             raise UserError(str(error)[:1000]) from error
 
     judge("artifact: document", read)
+
+
+@FUZZ
+@given(data=st.data())
+def test_checkpoints(folder: Path, judge: Any, data: st.DataObject) -> None:
+    place = fresh(folder / "checkpoints")
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = Optimizer.create(model, OptimizerConfig(learning_rate=0.1), 10)
+    checkpoints = Checkpoints(place, {"model": model}, {"model": optimizer})
+    torch.nn.init.constant_(model.weight, 1.0)
+    checkpoints.save(1, {"position": 1})
+    torch.nn.init.constant_(model.weight, 2.0)
+    checkpoints.save(2, {"position": 2})
+    newest = place / "step-00000002"
+    names = sorted(path.name for path in newest.iterdir())
+    path = newest / data.draw(st.sampled_from(names))
+    before = path.read_bytes()
+    if path.suffix == ".json":
+        path.write_bytes(data.draw(st.one_of(broken(before), changed_json(before))))
+    else:
+        path.write_bytes(data.draw(broken(before)))
+    if data.draw(st.booleans()) and path.name != "manifest.json":
+        files_there = [one for one in newest.iterdir() if one.name != "manifest.json"]
+        digests = {one.name: file_digest(one) for one in files_there}
+        (newest / "manifest.json").write_text(json.dumps(digests))
+
+    def resume() -> int:
+        found = checkpoints.resume()
+        assert found is not None  # at the latest, the one before
+        if path.name != "model.safetensors" and path.name != "state.json":
+            assert model.weight.item() == float(found.step)
+        return found.step
+
+    judge("checkpoint", resume)
