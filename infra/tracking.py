@@ -13,7 +13,6 @@ from typing import NamedTuple, Protocol
 
 from infra.files import write_atomic
 
-
 _log = logging.getLogger(__name__)
 
 

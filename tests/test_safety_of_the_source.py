@@ -38,7 +38,9 @@ def problems(source: str, name: str) -> Iterator[str]:
     """What is unsafe in a module, with the line."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+            modules = (
+                [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+            )
             for module in modules:
                 if module and module.split(".")[0] in FORBIDDEN_MODULES:
                     yield f"{name}:{node.lineno}: imports {module}"
@@ -52,18 +54,18 @@ def problems(source: str, name: str) -> Iterator[str]:
             value = keywords.get("weights_only")
             if not (isinstance(value, ast.Constant) and value.value is True):
                 yield f"{name}:{node.lineno}: {called} without weights_only=True"
-        if called.startswith("yaml.") and called.split(".")[-1] in ("load", "load_all"):
-            if dotted(keywords.get("Loader", ast.Constant(None))) not in YAML_LOADERS:
-                yield f"{name}:{node.lineno}: {called} without the safe loader"
+        loader = dotted(keywords.get("Loader", ast.Constant(None)))
+        if called in ("yaml.load", "yaml.load_all") and loader not in YAML_LOADERS:
+            yield f"{name}:{node.lineno}: {called} without the safe loader"
         if called in ("yaml.unsafe_load", "yaml.full_load", "pandas.read_pickle", "pd.read_pickle"):
             yield f"{name}:{node.lineno}: {called}"
         for keyword in UNSAFE_KEYWORDS & keywords.keys():
             value = keywords[keyword]
             if not (isinstance(value, ast.Constant) and value.value is False):
                 yield f"{name}:{node.lineno}: {keyword} is not False"
-        if called.endswith(".from_pretrained") and name not in DECIDED:
-            if not {"local_files_only", "trust_remote_code"} <= keywords.keys():
-                yield f"{name}:{node.lineno}: {called} may run code or reach for a hub"
+        closed = {"local_files_only", "trust_remote_code"} <= keywords.keys()
+        if called.endswith(".from_pretrained") and name not in DECIDED and not closed:
+            yield f"{name}:{node.lineno}: {called} may run code or reach for a hub"
 
 
 @pytest.mark.parametrize("path", PRODUCTION, ids=lambda path: str(path.relative_to(ROOT)))

@@ -93,9 +93,9 @@ def check_mathematics(code: str, names: Mapping[Any, Any]) -> None:
         elif isinstance(node, ast.Call):
             texts.update(_checked_texts(node))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
-            if id(node) not in texts:
-                raise ValueError(f"the text {node.value!r} is no mathematics")
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
+        if is_text and id(node) not in texts:
+            raise ValueError(f"the text {ast.unparse(node)} is no mathematics")
 
 
 def _check_name(name: str, names: Mapping[Any, Any]) -> None:

@@ -114,8 +114,9 @@ def _encoded(text: str) -> bytes:
 def files(good: list[bytes]) -> st.SearchStrategy[bytes]:
     """Whole files: anything at all, or good ones made bad."""
     lines = st.lists(
-        st.tuples(st.one_of(JSON.map(dump), st.binary(max_size=40), DEEP, *map(st.just, good)),
-                  LINE_ENDS),
+        st.tuples(
+            st.one_of(JSON.map(dump), st.binary(max_size=40), DEEP, *map(st.just, good)), LINE_ENDS
+        ),
         max_size=5,
     ).map(lambda rows: b"".join(line + end for line, end in rows))
     mark = st.sampled_from([b"", b"", b"\xef\xbb\xbf", b"\xff\xfe", b"\x1f\x8b"])

@@ -210,9 +210,7 @@ def test_a_damaged_artifact_is_never_handed_out(
     (content / "records.jsonl").write_bytes(LINES[4])
     good = artifact(content, store)
     store.publish(FINGERPRINT, good)
-    name = data.draw(
-        st.sampled_from(["artifact.json", "manifest.json", "content/records.jsonl"])
-    )
+    name = data.draw(st.sampled_from(["artifact.json", "manifest.json", "content/records.jsonl"]))
     path = store.artifacts_folder / FINGERPRINT / name
     before = path.read_bytes()
     after = data.draw(st.one_of(broken(before), changed_json(before)))
@@ -287,8 +285,11 @@ CURSOR = b'{"offset":10,"last_line":"abc","steps":{"loss":3}}'
 
 
 @FUZZ
-@given(text=files([METRICS.strip(), METRICS + METRICS]), step=st.integers(0, 9), cursor=st.one_of(
-    files([CURSOR]), changed(json.loads(CURSOR)).map(dump)))
+@given(
+    text=files([METRICS.strip(), METRICS + METRICS]),
+    step=st.integers(0, 9),
+    cursor=st.one_of(files([CURSOR]), changed(json.loads(CURSOR)).map(dump)),
+)
 def test_metrics(folder: Path, judge: Any, text: bytes, step: int, cursor: bytes) -> None:
     path = fresh(folder / "metrics") / "metrics.jsonl"
     path.write_bytes(text)

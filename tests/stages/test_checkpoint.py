@@ -88,7 +88,14 @@ def extra_file(newest: Path, mark: Path) -> None:
 
 @pytest.mark.parametrize(
     "tamper",
-    [pickled("model.optimizer.pt"), pickled("rng.pt"), saved_by_torch, not_tensors, no_step, nested],
+    [
+        pickled("model.optimizer.pt"),
+        pickled("rng.pt"),
+        saved_by_torch,
+        not_tensors,
+        no_step,
+        nested,
+    ],
 )
 def test_tampered_with_and_sealed_again_it_is_passed_over(
     folder: Path, tmp_path: Path, tamper: Callable[[Path, Path], None]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import contextlib
+import hashlib
 import json
-import sys
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -111,9 +110,7 @@ def problem(index: int) -> dict[str, str]:
 # What comes out.
 
 
-def test_a_record_cannot_cause_an_import(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_cannot_cause_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mark = tmp_path / "mark"
     (tmp_path / "evil.py").write_text(
         f"from pathlib import Path\nPath({str(mark)!r}).touch()\ndef verify(*_): return 1.0\n"

@@ -202,7 +202,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(
         lambda: load_base(config(folder), seed=0),
         lambda: model_digests(config(folder)),
     ):
-        with pytest.raises(UserError, match="no .safetensors file") as caught:
+        with pytest.raises(UserError, match=r"no \.safetensors file") as caught:
             refused()
         assert "save_pretrained('converted')" in str(caught.value)
     with pytest.raises(OSError, match="safetensors"):
