@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from infra.redaction import redact_value
+from infra.files import encodable
+from infra.redaction import redact
 from schemas.base import Frozen, UserError
 from schemas.fingerprint import digest
 from schemas.pipeline import PipelineConfig
@@ -167,7 +168,9 @@ class OpenRun:
 
     def write(self, record: RunRecord) -> None:
         """Replace the record in memory and, by one rename, on disk; without secrets."""
-        record = record.model_copy(update={"outcome": redact_value(record.outcome)})
+        if record.outcome is not None:
+            outcome = encodable(redact(record.outcome))
+            record = record.model_copy(update={"outcome": outcome})
         self.record = record
         temporary = self.folder / f"run.json.{os.getpid()}"
         temporary.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")

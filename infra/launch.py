@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from infra.files import write_atomic
+from infra.files import encodable, write_atomic
 from infra.redaction import redact
 from infra.store import Store
 from infra.tail import follow, last_lines
@@ -194,7 +194,7 @@ def write_result(
     """Leave `result.json` for the parent; the stage's process calls it last."""
     result = StageResult(
         status=status,
-        message=redact(message),
+        message=encodable(redact(message)),
         retryable=retryable,
         resumed_from_step=resumed_from_step,
         peak_memory_bytes=_peak_memory_bytes(),

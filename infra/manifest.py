@@ -42,7 +42,7 @@ def parse_manifest(text: bytes) -> Manifest:
         raise CorruptArtifact("the manifest is not an object")
     for name, entry in manifest.items():
         if not _is_entry(entry):
-            raise CorruptArtifact(f"the manifest says nothing of use about {name!r}")
+            raise CorruptArtifact(f"the manifest says nothing of use about {_shown(name)}")
     check_names(manifest)
     return manifest
 
@@ -95,9 +95,15 @@ def check_names(manifest: Manifest) -> None:
         path = PurePosixPath(name)
         inside = path.parts and not path.is_absolute() and ".." not in path.parts
         if not inside or "\\" in name or _DRIVE.match(name):
-            raise CorruptArtifact(f"the manifest names {name!r}, which is outside the content")
+            raise CorruptArtifact(
+                f"the manifest names {_shown(name)}, which is outside the content"
+            )
         if str(path) != name or "\0" in name or not _encodable(name):
-            raise CorruptArtifact(f"the manifest names {name!r}, which is no file's name")
+            raise CorruptArtifact(f"the manifest names {_shown(name)}, which is no file's name")
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 200 else f"{name[:200]}…")
 
 
 def _encodable(name: str) -> bool:
@@ -117,7 +123,7 @@ def check_sizes(content: Path, manifest: Manifest) -> None:
         raise CorruptArtifact(str(error)) from error
     for name in sorted(manifest.keys() ^ set(names)):
         state = "is missing" if name in manifest else "is not in the manifest"
-        raise CorruptArtifact(f"{content / name} {state}")
+        raise CorruptArtifact(f"{content}: {_shown(name)} {state}")
     for name, entry in manifest.items():
         size = (content / name).stat().st_size
         if size != entry["size"]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from infra.manifest import CorruptArtifact, build_manifest, check_names, parse_manifest
+from infra.manifest import CorruptArtifact, build_manifest, check_names, check_sizes, parse_manifest
 from infra.registry import Registry
 from infra.store import Store
 from schemas.artifacts import CreatedBy, DatasetArtifact
@@ -69,6 +69,13 @@ def test_whatever_is_accepted_is_inside(parts: list[str]) -> None:
 def test_what_is_no_manifest_is_refused(text: bytes) -> None:
     with pytest.raises(CorruptArtifact, match="the manifest"):
         parse_manifest(text)
+
+
+@pytest.mark.parametrize("name", ["x" * 100_000, "../" * 50_000])
+def test_a_message_about_a_long_name_stays_short(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CorruptArtifact) as caught:
+        check_sizes(tmp_path, {name: {"sha256": "0" * 64, "size": 1}})
+    assert len(str(caught.value)) < 600
 
 
 def test_links_are_refused(tmp_path: Path) -> None:

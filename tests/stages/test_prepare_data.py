@@ -24,6 +24,7 @@ from schemas.records import LAYOUT_FIELDS, digest_position, prompt_digest, recor
 from schemas.requests import PrepareDataRequest, Runtime
 from schemas.rewards import VerifierConfig
 from stages import prepare_data
+from stages.data.raw import RawRecord
 from stages.data.records import iter_records, read_records
 from stages.data.sources import source_digests
 from stages.rewards.verifiers import build_verifier
@@ -812,3 +813,8 @@ def test_bigbench_mistake_by_hand() -> None:
     assert next(to_steps({**raw, "mistake_index": None}))["labels"] == [True, True, True]
     with pytest.raises(ValueError, match="mistake_index is 3, but there are 3 steps"):
         next(to_steps({**raw, "mistake_index": 3}))
+
+
+def test_a_message_about_a_long_name_of_a_field_stays_short() -> None:
+    assert RawRecord("a", {"x" * 100_000: 1, "b": 2}).names() == f"{'x' * 80}…, b"
+    assert RawRecord("a", {str(n): n for n in range(50)}).names().endswith("38, 39, and 10 more")
