@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-
 _LONGEST, _MOST = 80, 40
 """Characters of a field's name, and fields, that a message shows."""
 
