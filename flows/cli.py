@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from infra.redaction import redact, redact_process
 from schemas.base import UserError
 
 if TYPE_CHECKING:
@@ -326,7 +327,7 @@ def promote(
                 )
             chosen = found
         registry.client.set_model_version_tag(
-            name, chosen.version, "posttrain.promoted_by_hand", reason
+            name, chosen.version, "posttrain.promoted_by_hand", redact(reason)
         )
         registry.promote(name, chosen.version)
         make_console(stderr=False).print(Text(f"{name} version {chosen.version} is @champion"))
@@ -349,6 +350,7 @@ def rollback(
 
 def main() -> None:
     """Entry point of `posttrain`."""
+    redact_process()
     # A script's own folder is on the path; the user's functions are where the user is.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
@@ -537,4 +539,4 @@ def _failure_text(error: Exception) -> str:
 
 
 def _complain(text: str, label: str = "error: ") -> None:
-    sys.stderr.write(f"{label}{text}\n")
+    sys.stderr.write(redact(f"{label}{text}\n"))

@@ -17,6 +17,7 @@ from prefect.events import emit_event
 
 from flows.graph import Node
 from flows.session import Session
+from infra.redaction import redact, redact_value
 from schemas.artifacts import PromotionDecision
 
 _log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def decision_page(session: Session, decision: PromotionDecision) -> None:
     """A Prefect artifact with the decision, its numbers, and where to look further."""
     key = "posttrain-" + re.sub("[^a-z0-9]+", "-", session.config.name.lower()).strip("-")
     try:
-        create_markdown_artifact(page(session, decision), key=key, description="Decision")
+        create_markdown_artifact(redact(page(session, decision)), key=key, description="Decision")
     except Exception as error:  # Prefect's page is a convenience: the run has its result
         _log.warning("Prefect did not take the page of the decision: %s", error)
 
@@ -114,6 +115,6 @@ def _emit(
     event: str, resource: dict[str, str], run: dict[str, str], payload: Mapping[str, Any]
 ) -> None:
     try:
-        emit_event(event, resource, related=[run], payload=dict(payload))
+        emit_event(event, resource, related=[run], payload=redact_value(payload))
     except Exception as error:  # an event that is lost must not fail a run
         _log.warning("Prefect did not take the event %s: %s", event, error)

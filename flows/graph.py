@@ -39,6 +39,7 @@ from schemas.requests import (
 from schemas.rewards import VerifierConfig
 from schemas.rl import SamplingConfig
 from stages.data.sources import source_digests
+from stages.model_files import check_weight_files, may_run_code
 
 Artifacts = Mapping[str, Artifact]
 FindIncumbent = Callable[[PolicyCheckpoint], PolicyCheckpoint | None]
@@ -46,7 +47,7 @@ FindIncumbent = Callable[[PolicyCheckpoint], PolicyCheckpoint | None]
 
 _A = TypeVar("_A", bound=Artifact)
 
-_MODEL_FILES = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt", "*.bin")
+_MODEL_FILES = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -122,8 +123,15 @@ def model_digests(config: ModelConfig) -> dict[str, str]:
                 f"model.path {config.path}: {folder} has no tokenizer; "
                 "put tokenizer.json and tokenizer_config.json into it"
             )
-        files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
-    return {f"model:{path.name}": file_digest(path) for path in files if path.is_file()}
+        check_weight_files(config, folder)
+        code = ("**/*.py",) if may_run_code(config, folder) else ()
+        patterns = (*_MODEL_FILES, *code)
+        files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    return {
+        f"model:{path.relative_to(folder).as_posix()}": file_digest(path)
+        for path in files
+        if path.is_file()
+    }
 
 
 class _Graph:

@@ -14,6 +14,7 @@ from flows.pipeline import run_pipeline
 from flows.plan import make_plan
 from flows.runs import RunRecord, Runs, config_digest
 from infra.environment import Home, quiet_environment
+from infra.redaction import redact_process
 from schemas.pipeline import PipelineConfig
 
 NOTHING_NEW = "NothingNew"
@@ -42,7 +43,8 @@ def scheduled(config: PipelineConfig, home: str) -> Any:
 
 
 def _prepare_process(place: Home) -> None:
-    """Quiet libraries, and the user's own functions importable from the working folder."""
+    """Quiet libraries, no secrets in the logs, and the user's functions importable from here."""
+    redact_process()
     for name, value in quiet_environment(place).items():
         if not name.startswith("PREFECT_"):  # Prefect is at work already, as its worker wants it
             os.environ.setdefault(name, value)

@@ -18,6 +18,7 @@ from flows.runs import OpenRun, Runs, StageRow, StageStatus
 from infra.code import changed_code
 from infra.environment import Home
 from infra.launch import StageFailed, run_stage, terminate_all
+from infra.redaction import redact, redact_error
 from infra.tail import last_lines
 from schemas.artifacts import (
     Artifact,
@@ -308,8 +309,9 @@ class Session:
         try:
             yield run_id
             status = "FINISHED"
-        except Exception:
+        except Exception as error:
             status = "FAILED"
+            redact_error(error)  # Prefect keeps it
             raise
         finally:
             with self._tolerating_mlflow():
@@ -321,7 +323,7 @@ class Session:
         try:
             yield
         except Exception as error:
-            self.watcher.note(f"MLflow was not told: {error}")
+            self.watcher.note(redact(f"MLflow was not told: {error}"))
 
 
 @contextlib.contextmanager
@@ -351,6 +353,7 @@ def open_session(
         try:
             session = Session(config, home, run, tracking, listener(), rerun_changed_code)
         except UserError as error:
+            redact_error(error)
             run.update(status="failed", ended=datetime.now(UTC), outcome=str(error))
             tracking.finish_run(run_id, "FAILED")
             raise
@@ -358,7 +361,7 @@ def open_session(
             yield session
             session.finish()
         except BaseException as error:
-            session.fail(error)
+            session.fail(redact_error(error))
             raise
         finally:
             terminate_all()

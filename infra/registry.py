@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from infra.files import file_lock
 from infra.manifest import CorruptArtifact, build_manifest, manifest_digest
+from infra.redaction import redact, redact_value
 from schemas.artifacts import PolicyCheckpoint
 from schemas.base import UserError
 
@@ -25,6 +27,7 @@ _log = logging.getLogger(__name__)
 CHAMPION = "champion"
 PREVIOUS = "previous"
 
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _SHA256_TAG = "posttrain.sha256"
 _FINGERPRINT_TAG = "posttrain.fingerprint"
 _ROLLBACK_TAG = "posttrain.rolled_back"
@@ -66,7 +69,7 @@ class Registry:
             if manifest_digest(build_manifest(folder)) != artifact.sha256:
                 raise CorruptArtifact(f"{folder} is not the artifact {artifact.sha256[:12]}")
             own = {_SHA256_TAG: artifact.sha256, _FINGERPRINT_TAG: artifact.fingerprint}
-            all_tags = {**tags, **own}
+            all_tags = {**redact_value(tags), **own}
             model = self._upload(name, folder, source_run_id, all_tags)
             self._create_name(name)
             # The place itself and not `models:/ID`, which a local database would look up through
@@ -82,7 +85,7 @@ class Registry:
 
     def version_of(self, name: str, sha256: str) -> RegisteredVersion | None:
         """The version that holds this content, or None."""
-        rule = f"name = '{name}' and tags.`{_SHA256_TAG}` = '{sha256}'"
+        rule = f"name = '{_checked(name)}' and tags.`{_SHA256_TAG}` = '{sha256}'"
         found = self.client.search_model_versions(rule)
         if not found:
             return None
@@ -91,7 +94,7 @@ class Registry:
     def version(self, name: str, version: str) -> RegisteredVersion:
         """A version by its number."""
         try:
-            return _record(self.client.get_model_version(name, version))
+            return _record(self.client.get_model_version(_checked(name), version))
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
@@ -137,7 +140,7 @@ class Registry:
                     "choose a version with `posttrain promote`"
                 )
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            note = f"{when} to version {good.version}: {reason}"
+            note = f"{when} to version {good.version}: {redact(reason)}"
             self.client.set_model_version_tag(name, bad.version, _ROLLBACK_TAG, note)
             self.set_alias(name, CHAMPION, good.version)
             # It would now point at the champion itself.
@@ -217,7 +220,7 @@ class Registry:
 
     def _version_by_alias(self, name: str, alias: str) -> Any:
         try:
-            return self.client.get_model_version_by_alias(name, alias)
+            return self.client.get_model_version_by_alias(_checked(name), alias)
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
@@ -225,10 +228,19 @@ class Registry:
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        path = self._locks / f"registry.{name}.lock"
+        path = self._locks / f"registry.{_checked(name)}.lock"
         message = "another run is changing the registered model %s; waiting"
         with file_lock(path, lambda: _log.info(message, name)):
             yield
+
+
+def _checked(name: str) -> str:
+    """A registered model's name, which stands in paths and in the registry's queries."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{name!r} is no name of a registered model: it has letters, digits, _, . and - only"
+        )
+    return name
 
 
 def _record(version: Any) -> RegisteredVersion:

@@ -152,3 +152,25 @@ def test_numbers_and_texts_are_read_as_people_write_them(files_recipe: Path) -> 
     config = load_recipe(str(files_recipe), overrides)
     assert config.sft.optimizer.learning_rate == 0.001
     assert config.description == "2026-11-24"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "[" * 50_000, "nested more than 40 levels deep"),
+        ("- " * 50_000 + "a", "nested more than 40 levels deep"),
+        ("name: &a [*a]", "an alias holds itself"),
+        (
+            "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+            + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)),
+            "stands for more than 100000 values",
+        ),
+    ],
+)
+def test_a_small_file_that_would_take_for_ever_is_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(str(path))
