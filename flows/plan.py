@@ -55,7 +55,12 @@ def make_plan(config: PipelineConfig, home: Home, *, rerun_changed_code: bool = 
     Raises `UserError` for everything that is wrong with the inputs.
     """
     archive = Archive(home, config.registry.name)
-    nodes = build_graph(config, store=archive.store.root, find_incumbent=archive.incumbent)
+    nodes = build_graph(
+        config,
+        store=archive.store.root,
+        find_incumbent=archive.incumbent,
+        find_approval=archive.approval,
+    )
     artifacts: dict[str, Artifact] = {}
     stages: list[PlannedStage] = []
     for node in nodes:

@@ -35,6 +35,7 @@ from schemas.requests import (
     CreditRequest,
     EvaluateRequest,
     PrepareDataRequest,
+    PromoteRequest,
     StageRequest,
     TrainProcessRewardModelRequest,
     TrainRewardModelRequest,
@@ -182,7 +183,8 @@ def _name(request: StageRequest) -> str:
     return f"{stage}:{request.split}" if isinstance(request, PrepareDataRequest) else stage
 
 
-def _decide(report: EvaluationReport, gate: Any, records: Path) -> tuple[GateCheck, ...]:
+def _decide(request: PromoteRequest, store: Store) -> tuple[GateCheck, ...]:
+    report, gate = request.report, request.gate
     gain = report.candidate.pass_at["pass@1"] - report.incumbent.pass_at["pass@1"]
     return (
         GateCheck(
