@@ -77,7 +77,7 @@ def plan_stage(
     """What would happen to one stage, given the artifacts that are reused before it."""
     waits = [name for name in node.needs if name not in artifacts]
     if waits:
-        return PlannedStage(node.name, "run", f"after {', '.join(waits)}", node.needs)
+        return PlannedStage(node.name, "run", f"after {_listed(tuple(waits))}", node.needs)
     request = node.build(artifacts)
     found = archive.finished(request)
     if found is not None:
