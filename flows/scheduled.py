@@ -93,8 +93,12 @@ def _ask(place: Home, record: RunRecord, decision: PromotionDecision) -> State[A
 
 
 def _was_suspended() -> bool:
+    """Whether this run has asked already, and is started again with the answer."""
     context = FlowRunContext.get()
-    return context is not None and context.flow_run is not None and context.flow_run.run_count > 1
+    if context is None or context.flow_run is None:
+        return False
+    policy = context.flow_run.empirical_policy
+    return policy is not None and bool(policy.pause_keys)
 
 
 def _can_be_suspended() -> bool:
