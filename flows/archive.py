@@ -146,23 +146,14 @@ class Archive:
         with self._alone():
             version = self.registry.chosen(self.model, which)
             name = f"{self.model} version {version.version}"
-            decided = self.store.find_verified(version.tags.get(_DECISION, _NONE))
-            said = _said(version)
-            if isinstance(decided, PromotionDecision) and not decided.awaiting_approval:
-                if decided.approval is None or decided.approval.granted != granted:
-                    raise UserError(f"{name} is not awaiting approval: it was {decided.outcome}")
+            decided, said = self._decided(version)
+            if said is not None and said.granted != granted:
+                verdict = "approved" if said.granted else "refused"
+                raise UserError(f"{name} is not awaiting approval: {verdict} by {said.by}")
+            if not decided.awaiting_approval:
+                if said is None:
+                    raise UserError(f"{name} is not awaiting approval: {decided.outcome}")
                 return decided
-            if decided is None and said is not None:
-                decided = self.store.find_verified(said.decision)  # one that was cut short
-                if said.granted != granted:
-                    verdict = "approved" if said.granted else "refused"
-                    raise UserError(f"{name} was {verdict} by {said.by}; say the same to finish it")
-            else:
-                said = None
-            if not isinstance(decided, PromotionDecision):
-                raise UserError(
-                    f"the store does not hold the decision on {name}; run its recipe again"
-                )
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             said = said or Approval(
                 granted=granted, by=by, reason=reason, when=when, decision=decided.fingerprint
@@ -184,8 +175,7 @@ class Archive:
 
     def rollback(self, reason: str) -> tuple[str, str]:
         """Make the previous champion the champion again; returns the versions (from, to)."""
-        lock = self.home.locks / f"promotion.{self.model}.lock"
-        with file_lock(lock, lambda: None):
+        with self._locked():
             return self.registry.rollback(self.model, reason)
 
     def aliases_now(self, decision: PromotionDecision) -> tuple[tuple[str, ...], str | None]:
@@ -199,10 +189,19 @@ class Archive:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Nobody else moves the aliases of this model; what a dead process began is finished."""
+        with self._locked():
+            self.registry.mend(self.model)
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One at a time of all that use this home: a judgement holds until its aliases are moved.
+
+        The registry has no compare-and-set, so homes that share a registry are not kept apart.
+        """
         lock = self.home.locks / f"promotion.{self.model}.lock"
         waits = "another run is promoting a version of %s; waiting"
         with file_lock(lock, lambda: _log.info(waits, self.model)):
-            self.registry.mend(self.model)
             yield
 
     def _settle(
@@ -224,6 +223,21 @@ class Archive:
         if promoted:
             self.registry.promote(self.model, version)
         return self._write_decision(request, version, checks, promoted, awaiting)
+
+    def _decided(self, version: RegisteredVersion) -> tuple[PromotionDecision, Approval | None]:
+        """The decision on a version, and what a person has said about it, or began to say."""
+        decided = self.store.find_verified(version.tags.get(_DECISION, _NONE))
+        said = _said(version)
+        if decided is None and said is not None:
+            decided = self.store.find_verified(said.decision)  # the process died on the way
+        elif isinstance(decided, PromotionDecision):
+            said = decided.approval
+        if not isinstance(decided, PromotionDecision):
+            raise UserError(
+                f"the store does not hold the decision on {self.model} version {version.version}; "
+                "run its recipe again"
+            )
+        return decided, said
 
     def _waiting_request(self, decided: PromotionDecision, said: Approval) -> PromoteRequest:
         """The request of a decision that waits, with what a person said."""

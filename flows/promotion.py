@@ -29,7 +29,7 @@ def find_decision(home: Home, target: str) -> PromotionDecision:
             raise UserError(f"run {record.run} came to no decision: it is {record.status}")
         fingerprint, what = rows[0].fingerprint, f"run {record.run}"
     else:
-        version = Archive(home, target).registry.find(target)
+        version = Archive(home, target.partition("@")[0]).registry.find(target)
         fingerprint = version.tags.get("posttrain.decision", "none")
         what = f"model {version.name} version {version.version}"
     decision = home.store.find_verified(fingerprint)
@@ -75,8 +75,10 @@ def approve(home: Home, model: str, *, granted: bool, by: str | None, reason: st
     name, which = split(model)
     archive = Archive(home, name)
     decision = archive.approve(which, granted=granted, by=by or getpass.getuser(), reason=reason)
-    aliases = "".join(f" @{alias}" for alias in decision.aliases)
-    return f"{name} version {decision.version}: {decision.outcome}{aliases}"
+    held, rolled_back = archive.aliases_now(decision)
+    aliases = "".join(f" @{alias}" for alias in held)
+    since = f"; rolled back since then: {rolled_back}" if rolled_back is not None else ""
+    return f"{name} version {decision.version}: {decision.outcome}{aliases}{since}"
 
 
 def split(model: str, version: str | None = None) -> tuple[str, str]:
@@ -86,6 +88,7 @@ def split(model: str, version: str | None = None) -> tuple[str, str]:
         if found and which and version is None:
             return name, which
     if version is None:
+        model = model.rstrip("@/")
         raise UserError(f"name a version of {model}: {model}@VERSION, or an alias; see `models`")
     return model, version.removeprefix("@")
 
@@ -100,7 +103,8 @@ def _checks(checks: list[GateCheck]) -> Table:
     for check in checks:
         verdict = Text("pass", style="green") if check.passed else Text("FAIL", style="bold red")
         observed = "" if check.observed is None else f"{check.observed:.4f}"
-        table.add_row(check.rule, verdict, observed, f"{check.required:.4f}", Text(check.reason))
+        required, why = f"{check.required:.4f}", Text(check.reason)
+        table.add_row(Text(check.rule), verdict, observed, required, why)
         if check.numbers:
             numbers = ", ".join(f"{name} {value:.6g}" for name, value in check.numbers.items())
             table.add_row("", "", "", "", Text(numbers, style="dim"))

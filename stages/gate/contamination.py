@@ -79,18 +79,23 @@ def contamination_checks(found: Overlap, config: ContaminationConfig) -> Iterato
     if config.max_near_duplicates is None:
         return
     near = set[str]().union(*found.near.values()) - shared
-    yield ceiling(
-        "contamination.max_near_duplicates",
-        float(len(near)),
-        float(config.max_near_duplicates),
+    rule, limit = "contamination.max_near_duplicates", float(config.max_near_duplicates)
+    numbers = {
+        **_numbers(found, {split: own - shared for split, own in found.near.items()}),
+        "num_short": float(found.num_short),
+        "ngram": float(config.ngram),
+    }
+    if found.num_short == found.num_prompts:
+        reason = f"no evaluation prompt has {config.ngram} words: there is nothing to look for"
+        yield GateCheck(
+            rule=rule, passed=True, observed=None, required=limit, reason=reason, numbers=numbers
+        )
+        return
+    head = (
         f"{len(near)} of {found.num_prompts} evaluation prompts share {config.ngram} words in a "
-        f"row with a training record ({found.num_short} are too short to be looked for)",
-        {
-            **_numbers(found, {split: own - shared for split, own in found.near.items()}),
-            "num_short": float(found.num_short),
-            "ngram": float(config.ngram),
-        },
+        f"row with a training record ({found.num_short} are too short to be looked for)"
     )
+    yield ceiling(rule, float(len(near)), limit, head, numbers)
 
 
 def _numbers(found: Overlap, by_split: Mapping[str, set[str]]) -> dict[str, float]:

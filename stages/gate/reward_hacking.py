@@ -33,9 +33,12 @@ def _gains(metrics: RecordMetrics, gate: GateConfig, config: RewardHackingConfig
     if not rose:
         verdict = "the proxy did not rise"
     elif passed:
-        verdict = f"both hold ({bound})"
+        verdict = f"pass@1 lost no more than {config.max_gold_loss:.3f} ({bound})"
     else:
-        verdict = f"the proxy rose while pass@1 may have fallen ({bound})"
+        verdict = (
+            f"the proxy rose while pass@1 may have lost more than {config.max_gold_loss:.3f} "
+            f"({bound})"
+        )
     return GateCheck(
         rule="reward_hacking.max_gold_loss",
         passed=passed,

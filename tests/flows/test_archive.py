@@ -266,7 +266,7 @@ class TestApproval:
     def test_what_fails_the_gate_does_not_wait(self, archive: Archive, run_id: str) -> None:
         decision = promote(archive, run_id, "a4", 0.4, approval=True)
         assert (decision.awaiting_approval, decision.outcome) == (False, "refused by the gate")
-        with pytest.raises(UserError, match="not awaiting approval: it was refused by the gate"):
+        with pytest.raises(UserError, match="not awaiting approval: refused by the gate"):
             archive.approve("1", granted=True, by="ada", reason="still")
 
     def test_approved(self, archive: Archive, run_id: str) -> None:
@@ -291,7 +291,7 @@ class TestApproval:
         assert tags["posttrain.run"] == "run"  # lineage stays
 
         assert archive.approve("2", granted=True, by="bob", reason="me too") == done
-        with pytest.raises(UserError, match="is not awaiting approval: it was promoted"):
+        with pytest.raises(UserError, match="is not awaiting approval: approved by ada"):
             archive.approve("2", granted=False, by="bob", reason="no")
 
     def test_refused(self, archive: Archive, run_id: str) -> None:
@@ -299,7 +299,7 @@ class TestApproval:
         done = archive.approve("2", granted=False, by="ada", reason="it swears")
         assert (done.promoted, done.outcome) == (False, "refused by ada")
         assert aliases(archive) == {"1": ("champion",), "2": ("challenger",)}
-        with pytest.raises(UserError, match="not awaiting approval: it was refused by ada"):
+        with pytest.raises(UserError, match="not awaiting approval: refused by ada"):
             archive.approve("2", granted=True, by="bob", reason="does not")
 
     def test_another_champion_since_then(self, archive: Archive, run_id: str) -> None:
@@ -324,7 +324,7 @@ class TestApproval:
             patch.setattr(Registry, "promote", die)
             with pytest.raises(KeyboardInterrupt):
                 archive.approve("2", granted=True, by="ada", reason="fine")
-        with pytest.raises(UserError, match="was approved by ada; say the same to finish it"):
+        with pytest.raises(UserError, match="not awaiting approval: approved by ada"):
             archive.approve("2", granted=False, by="bob", reason="no")
         done = archive.approve("2", granted=True, by="bob", reason="again")
         assert done.promoted

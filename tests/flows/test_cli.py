@@ -263,7 +263,7 @@ class TestRun:
         assert "approved by ada at 2" in tree
         rejected = invoke(home, "promote", "files@1", "--reject", "--reason", "no")
         assert rejected.exit_code == 2
-        assert "not awaiting approval: it was promoted" in rejected.stderr
+        assert "not awaiting approval: approved by ada" in rejected.stderr
 
     def test_a_changed_model_is_refused_in_one_message(
         self, home: Home, stages: Any, files_recipe: Path

@@ -120,3 +120,12 @@ def test_the_gate_states_what_it_found(
             "num_short": 1,
             "ngram": 13,
         }
+
+
+def test_prompts_that_are_all_too_short_are_not_called_clean(evaluation: Any) -> None:
+    report = evaluation.report([[1, 1]] * 4, [[0, 0]] * 4)
+    request = evaluation.request(report, {"contamination": {"max_near_duplicates": 0}})
+    check = decide(request, evaluation.store)[-1]
+    assert (check.rule, check.observed) == ("contamination.max_near_duplicates", None)
+    assert check.reason == "no evaluation prompt has 13 words: there is nothing to look for"
+    assert check.numbers["num_short"] == 4

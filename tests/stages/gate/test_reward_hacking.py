@@ -39,11 +39,23 @@ LOW, HIGH = [[0.2, 0.2]] * 4, [[0.8, 0.8]] * 4
 @pytest.mark.parametrize(
     ("gold", "proxy", "allowed", "passed", "word"),
     [
-        ((HALF, RIGHT), (HIGH, LOW), 0.0, False, "the proxy rose while pass@1 may have fallen"),
-        ((HALF, RIGHT), (HIGH, LOW), 0.49, False, "the proxy rose while pass@1 may have fallen"),
-        ((HALF, RIGHT), (HIGH, LOW), 0.5, True, "both hold"),
-        ((RIGHT, HALF), (HIGH, LOW), 0.0, True, "both hold"),
-        ((HALF, HALF), (HIGH, LOW), 0.0, True, "both hold"),
+        (
+            (HALF, RIGHT),
+            (HIGH, LOW),
+            0.0,
+            False,
+            "the proxy rose while pass@1 may have lost more than",
+        ),
+        (
+            (HALF, RIGHT),
+            (HIGH, LOW),
+            0.49,
+            False,
+            "the proxy rose while pass@1 may have lost more than",
+        ),
+        ((HALF, RIGHT), (HIGH, LOW), 0.5, True, "pass@1 lost no more than"),
+        ((RIGHT, HALF), (HIGH, LOW), 0.0, True, "pass@1 lost no more than"),
+        ((HALF, HALF), (HIGH, LOW), 0.0, True, "pass@1 lost no more than"),
         # Gold fell, and the proxy with it: a bad policy, but not a hacked reward model.
         ((HALF, RIGHT), (LOW, HIGH), 0.0, True, "the proxy did not rise"),
     ],
