@@ -63,7 +63,7 @@ def bounded_loss(
         rule=rule,
         passed=passed,
         observed=lower,
-        required=-max_loss,
+        required=0.0 - max_loss,  # never -0.0
         reason=(
             f"{what} {'loses no more than' if passed else 'may lose more than'} {max_loss:.3f}: "
             f"mean gain {used['mean']:+.3f}, {gate.confidence:.0%} lower bound {lower:+.3f} "

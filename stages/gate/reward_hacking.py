@@ -43,7 +43,7 @@ def _gains(metrics: RecordMetrics, gate: GateConfig, config: RewardHackingConfig
         rule="reward_hacking.max_gold_loss",
         passed=passed,
         observed=lower,
-        required=-config.max_gold_loss,
+        required=0.0 - config.max_gold_loss,  # never -0.0
         reason=f"{told}: {verdict}",
         numbers={"proxy_gain": proxy, **used},
     )
