@@ -250,6 +250,8 @@ def _print_decision(console: Console, decision: dict[str, Any]) -> None:
 
 def _decision_words(decision: dict[str, Any]) -> str:
     verdict = "promoted" if decision["promoted"] else "refused"
+    if decision.get("awaiting_approval"):
+        verdict = "awaiting approval"
     aliases = ", ".join(f"@{alias}" for alias in decision["aliases"])
     model = f"{decision['registered_model']} version {decision['version']}"
     return f"{verdict}: {model}" + (f" ({aliases})" if aliases else "")

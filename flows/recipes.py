@@ -342,6 +342,9 @@ def _where(place: Place, text: str, recipe: Recipe, set_places: list[Place]) -> 
     for given in set_places:
         if place[: len(given)] == given or _dotted(given) in text:
             return "--set"
+    # A rule that crosses sections has no place of its own; its text begins with the field.
+    named = text.split(" ", 1)[0].rstrip(":")
+    place = place or next((known for known in recipe.lines if _dotted(known) == named), ())
     for end in range(len(place), 0, -1):
         if place[:end] in recipe.lines:
             return f"{recipe.path}:{recipe.lines[place[:end]]}"
@@ -366,7 +369,7 @@ def _plain_place(loc: tuple[int | str, ...]) -> tuple[Place, bool]:
             place.append(part)
         elif isinstance(part, int) or _is_mapping(annotation):
             place.append(part)
-            annotation = None
+            annotation = _item(annotation)
         else:
             in_union = True
     return tuple(place), in_union
@@ -386,6 +389,12 @@ def _model(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def _item(annotation: Any) -> Any:
+    """What `tuple[MetricLimit, ...]` holds; None for anything but such a list."""
+    is_list = typing.get_origin(annotation) is tuple
+    return typing.get_args(annotation)[0] if is_list else None
+
+
 def _is_mapping(annotation: Any) -> bool:
     return any(typing.get_origin(item) is dict for item in _alternatives(annotation))
 
@@ -393,9 +402,11 @@ def _is_mapping(annotation: Any) -> bool:
 def _nearest(place: Place) -> str:
     """`; did you mean X?` for an unknown field, or what is known at that place."""
     model: type[BaseModel] | None = PipelineConfig
+    annotation: Any = PipelineConfig
     for part in place[:-1]:
         field = model.model_fields.get(str(part)) if model else None
-        model = _model(field.annotation) if field else None
+        annotation = field.annotation if field else _item(annotation)
+        model = _model(annotation)
     if model is None:
         return ""
     name = str(place[-1])
