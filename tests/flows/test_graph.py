@@ -68,7 +68,12 @@ def test_only_splits_that_a_stage_reads_are_prepared(home: Home, files_recipe: P
     assert "credit" not in dpo
     assert "prepare_data:prompts" not in dpo
     assert "prepare_data:preferences" in dpo
-    bare = ["reward_model=", "process_reward_model=", "reward.process="]
+    bare = [
+        "reward_model=",
+        "process_reward_model=",
+        "reward.process=",
+        "gate.reward_hacking=",
+    ]
     assert names(load_recipe("quickstart", bare), home)[:4] == [
         "prepare_data:evaluation",
         "prepare_data:demonstrations",
