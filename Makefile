@@ -24,7 +24,7 @@ SMOLLM2_REDUCED := \
   evaluation.sampling.max_completion_tokens=160
 SOURCES := flows stages schemas infra
 
-.PHONY: quickstart smollm2 test test-fast test-trl test-vllm mutation lint format clean
+.PHONY: quickstart smollm2 test test-fast fuzz test-trl test-vllm mutation lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/posttrain run quickstart
@@ -38,6 +38,11 @@ test: $(VENV)/.test
 
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow"
+
+# Readers, configuration and command line on random input, other input at every call.
+FUZZ_EXAMPLES ?= 1000
+fuzz: $(VENV)/.test
+	POSTTRAIN_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz --timeout 3600
 
 # Losses and gradients side by side with TRL, which wants another transformers than the project.
 test-trl: $(VENV)-trl/.installed

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from infra.redaction import redact, redact_process
 from schemas.base import UserError
 
 if TYPE_CHECKING:
@@ -287,7 +288,7 @@ def gc(
 def lineage(
     model: Annotated[
         str,
-        typer.Argument(metavar="NAME[@ALIAS|/VERSION]", help="Registered model; else @champion."),
+        typer.Argument(metavar="NAME[@ALIAS|@VERSION]", help="Registered model; else @champion."),
     ],
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -306,30 +307,58 @@ def lineage(
 
 @app.command()
 def promote(
-    name: Annotated[str, typer.Argument(help="Registered model.")],
-    version: Annotated[str, typer.Argument(help="Version number, or an alias.")],
-    reason: Annotated[str, typer.Option("--reason", help="Why; it is written down.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME[@ALIAS|@VERSION]",
+            help="Registered model; with --explain also the name of a run, or `latest`.",
+        ),
+    ],
+    version: Annotated[
+        str | None, typer.Argument(help="Version number or alias, if not in NAME.")
+    ] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="Why; it is written down.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Only show every check of the gate, and its numbers.")
+    ] = False,
+    approve: Annotated[
+        bool | None,
+        typer.Option("--approve/--reject", help="Decide on a version that awaits approval."),
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option("--by", help="Who approves or rejects; else the user's name.")
+    ] = None,
     home: HomeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Make a version the champion by hand, past the gate."""
+    """Explain a decision, approve one that waits, or make a version the champion by hand."""
     with _exit_codes():
+        from flows import promotion
+        from flows.archive import Archive
         from flows.display import make_console
 
-        registry = _registry(_home(home))
-        if version.isdecimal():
-            chosen = registry.version(name, version)
+        place = _home(home)
+        if explain:
+            target = model if version is None else f"{model}@{version.removeprefix('@')}"
+            found = promotion.document(place, promotion.find_decision(place, target))
+            if as_json:
+                _print_json(found)
+            else:
+                promotion.print_decision(make_console(stderr=False), found)
+            return
+        if not reason:
+            raise UserError("--reason is needed: it is written down with the version")
+        name, which = promotion.split(model, version)
+        if approve is not None:
+            text = promotion.approve(
+                place, f"{name}@{which}", granted=approve, by=by, reason=reason
+            )
         else:
-            found = registry.aliased(name, version.removeprefix("@"))
-            if found is None:
-                raise UserError(
-                    f"model {name} has no alias {version}; posttrain models lists what there is"
-                )
-            chosen = found
-        registry.client.set_model_version_tag(
-            name, chosen.version, "posttrain.promoted_by_hand", reason
-        )
-        registry.promote(name, chosen.version)
-        make_console(stderr=False).print(Text(f"{name} version {chosen.version} is @champion"))
+            archive = Archive(place, name)
+            chosen = archive.registry.chosen(name, which)
+            archive.promote_by_hand(chosen.version, reason)
+            text = f"{name} version {chosen.version} is @champion"
+        make_console(stderr=False).print(Text(text))
 
 
 @app.command()
@@ -340,15 +369,17 @@ def rollback(
 ) -> None:
     """Make the previous champion the champion again."""
     with _exit_codes():
+        from flows.archive import Archive
         from flows.display import make_console
 
-        bad, good = _registry(_home(home)).rollback(name, reason)
+        bad, good = Archive(_home(home), name).rollback(reason)
         text = f"{name}: version {good} is @champion again in place of version {bad}"
         make_console(stderr=False).print(Text(text))
 
 
 def main() -> None:
     """Entry point of `posttrain`."""
+    redact_process()
     # A script's own folder is on the path; the user's functions are where the user is.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
@@ -529,12 +560,13 @@ def _exit_codes(remedy: str | None = None) -> Iterator[None]:
 
 def _failure_text(error: Exception) -> str:
     from infra.launch import StageFailed
+    from infra.manifest import CorruptArtifact
 
     text = str(error) or type(error).__name__
-    if isinstance(error, StageFailed | OSError):
+    if isinstance(error, StageFailed | OSError | CorruptArtifact):
         return "\n".join([text, *getattr(error, "__notes__", [])])
     return f"{type(error).__name__}: {text} (POSTTRAIN_TRACEBACK=1 shows where)"
 
 
 def _complain(text: str, label: str = "error: ") -> None:
-    sys.stderr.write(f"{label}{text}\n")
+    sys.stderr.write(redact(f"{label}{text}\n"))

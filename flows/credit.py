@@ -33,7 +33,10 @@ def load(record: RunRecord, store: Path) -> pa.Table:
     """The credit table of a run. Raises `UserError` where it has none."""
     for row in record.stages:
         if row.name == "credit":
-            return pq.read_table(store / row.artifact / CREDIT_TABLE_FILE)
+            folder = (store / row.artifact).resolve()
+            if store.resolve() not in folder.parents:
+                raise UserError(f"run {record.run}: {row.artifact} is not in the store {store}")
+            return pq.read_table(folder / CREDIT_TABLE_FILE)
     raise UserError(
         f"run {record.run} has no credit table: it is made after PPO, GRPO and RLOO, "
         "while rl.online.trace.num_groups is above 0"

@@ -14,6 +14,7 @@ from rich.text import Text
 from flows.plan import Plan
 from flows.runs import RunRecord, StageRow
 from infra.environment import Home
+from infra.redaction import redact
 
 _ACTION_STYLES = {"reuse": "green", "resume": "yellow", "run": "cyan"}
 _STATUS_STYLES = {"reused": "green", "resumed": "yellow", "ran": "cyan"}
@@ -179,7 +180,7 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
 
 
 def _mlflow_place(home: Home, run_id: str | None) -> str:
-    uri = home.mlflow_uri
+    uri = redact(home.mlflow_uri)
     if uri.startswith("http"):
         return f"{uri} (run {run_id})"
     return f"mlflow server --backend-store-uri {uri} (run {run_id})"
@@ -249,6 +250,8 @@ def _print_decision(console: Console, decision: dict[str, Any]) -> None:
 
 def _decision_words(decision: dict[str, Any]) -> str:
     verdict = "promoted" if decision["promoted"] else "refused"
+    if decision.get("awaiting_approval"):
+        verdict = "awaiting approval"
     aliases = ", ".join(f"@{alias}" for alias in decision["aliases"])
     model = f"{decision['registered_model']} version {decision['version']}"
     return f"{verdict}: {model}" + (f" ({aliases})" if aliases else "")

@@ -1,7 +1,8 @@
 """What a run tells Prefect beside its states: events for automations, a page for people.
 
-Events: `posttrain.stage.failed`, `posttrain.model.promoted`, `posttrain.model.refused`. Prefect
-adds the flow run, its deployment and its work pool to each by itself.
+Events: `posttrain.stage.failed`, `posttrain.model.promoted`, `posttrain.model.refused`,
+`posttrain.model.awaiting_approval`. Prefect adds the flow run, its deployment and its work pool to
+each by itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from prefect.events import emit_event
 
 from flows.graph import Node
 from flows.session import Session
+from infra.redaction import redact, redact_value
 from schemas.artifacts import PromotionDecision
 
 _log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ _log = logging.getLogger(__name__)
 STAGE_FAILED = "posttrain.stage.failed"
 MODEL_PROMOTED = "posttrain.model.promoted"
 MODEL_REFUSED = "posttrain.model.refused"
+MODEL_AWAITING_APPROVAL = "posttrain.model.awaiting_approval"
 
 
 def stage_failed(session: Session, node: Node, error: object) -> None:
@@ -32,25 +35,28 @@ def stage_failed(session: Session, node: Node, error: object) -> None:
     _emit(
         STAGE_FAILED,
         {"prefect.resource.id": f"posttrain.stage.{run}.{node.name}", "stage": node.name},
-        _run_resource(session),
+        _run_resource(run),
         {"run": run, "recipe": session.config.name, "stage": node.name, "error": str(error)},
     )
 
 
-def decided(session: Session, decision: PromotionDecision) -> None:
-    """The gate has judged a model in this run."""
+def decided(run: str, recipe: str, decision: PromotionDecision) -> None:
+    """The gate, or a person, has judged a model that a run made."""
+    event = MODEL_PROMOTED if decision.promoted else MODEL_REFUSED
+    if decision.awaiting_approval:
+        event = MODEL_AWAITING_APPROVAL
     model = f"{decision.registered_model}/{decision.version}"
     _emit(
-        MODEL_PROMOTED if decision.promoted else MODEL_REFUSED,
+        event,
         {
             "prefect.resource.id": f"posttrain.model.{decision.registered_model}",
             "prefect.resource.name": model,
             "version": decision.version,
         },
-        _run_resource(session),
+        _run_resource(run),
         {
-            "run": session.run.record.run,
-            "recipe": session.config.name,
+            "run": run,
+            "recipe": recipe,
             "model": decision.registered_model,
             "version": decision.version,
             "aliases": list(decision.aliases),
@@ -64,22 +70,22 @@ def decision_page(session: Session, decision: PromotionDecision) -> None:
     """A Prefect artifact with the decision, its numbers, and where to look further."""
     key = "posttrain-" + re.sub("[^a-z0-9]+", "-", session.config.name.lower()).strip("-")
     try:
-        create_markdown_artifact(page(session, decision), key=key, description="Decision")
+        create_markdown_artifact(redact(page(session, decision)), key=key, description="Decision")
     except Exception as error:  # Prefect's page is a convenience: the run has its result
         _log.warning("Prefect did not take the page of the decision: %s", error)
 
 
 def page(session: Session, decision: PromotionDecision) -> str:
     """The decision in Markdown."""
-    verdict = "promoted" if decision.promoted else "refused"
     lines = [
-        f"# {decision.registered_model} version {decision.version}: {verdict}",
+        f"# {decision.registered_model} version {decision.version}: {decision.outcome}",
         "",
         "| rule | passed | observed | required | why |",
         "|---|---|---|---|---|",
     ]
     for check in decision.checks:
-        numbers = f"{check.observed:.4f} | {check.required:.4f}"
+        observed = "" if check.observed is None else f"{check.observed:.4f}"
+        numbers = f"{observed} | {check.required:.4f}"
         passed = "yes" if check.passed else "**no**"
         reason = check.reason.replace("|", "\\|")
         lines.append(f"| {check.rule} | {passed} | {numbers} | {reason} |")
@@ -101,8 +107,7 @@ def _place(uri: str) -> str:
     return f"<{bare}>" if parts.scheme.startswith("http") else f"`{bare}`"
 
 
-def _run_resource(session: Session) -> dict[str, str]:
-    run = session.run.record.run
+def _run_resource(run: str) -> dict[str, str]:
     return {
         "prefect.resource.id": f"posttrain.run.{run}",
         "prefect.resource.role": "posttrain-run",
@@ -114,6 +119,6 @@ def _emit(
     event: str, resource: dict[str, str], run: dict[str, str], payload: Mapping[str, Any]
 ) -> None:
     try:
-        emit_event(event, resource, related=[run], payload=dict(payload))
+        emit_event(event, resource, related=[run], payload=redact_value(payload))
     except Exception as error:  # an event that is lost must not fail a run
         _log.warning("Prefect did not take the event %s: %s", event, error)

@@ -68,7 +68,12 @@ def explain(
     reused: dict[str, Artifact] = {}
     known: dict[str, Artifact] = {}
     explanations: list[Explanation] = []
-    for node in build_graph(config, store=archive.store.root, find_incumbent=archive.incumbent):
+    for node in build_graph(
+        config,
+        store=archive.store.root,
+        find_incumbent=archive.incumbent,
+        find_approval=archive.approval,
+    ):
         planned = plan_stage(node, reused, archive, rerun_changed_code)
         request = node.build(known) if all(name in known for name in node.needs) else None
         explanation = _explain(node, planned, request, archive.store)

@@ -11,6 +11,7 @@ from typing import TypeVar
 from infra.code import source_digest
 from infra.files import file_digest
 from schemas.artifacts import (
+    Approval,
     Artifact,
     DatasetArtifact,
     EvaluationReport,
@@ -39,14 +40,17 @@ from schemas.requests import (
 from schemas.rewards import VerifierConfig
 from schemas.rl import SamplingConfig
 from stages.data.sources import source_digests
+from stages.model_files import check_weight_files, may_run_code
 
 Artifacts = Mapping[str, Artifact]
 FindIncumbent = Callable[[PolicyCheckpoint], PolicyCheckpoint | None]
 """The champion that a candidate has to beat, or None while there is none."""
+FindApproval = Callable[[PromoteRequest], Approval | None]
+"""What a person said about the decision on a request, or None while nobody has."""
 
 _A = TypeVar("_A", bound=Artifact)
 
-_MODEL_FILES = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt", "*.bin")
+_MODEL_FILES = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -73,14 +77,20 @@ class Node:
 
 
 def build_graph(
-    config: PipelineConfig, *, store: Path, find_incumbent: FindIncumbent
+    config: PipelineConfig,
+    *,
+    store: Path,
+    find_incumbent: FindIncumbent,
+    find_approval: FindApproval = lambda request: None,
 ) -> list[Node]:
     """Every stage of a recipe in an order in which each finds its inputs.
+
+    find_approval: asked only where the gate wants approval; by default nobody has said anything.
 
     All data files, generators, verifiers and model folders are looked at here, before any work;
     what is wrong with them is raised as one `UserError`.
     """
-    return _Graph(config, store, find_incumbent).nodes()
+    return _Graph(config, store, find_incumbent, find_approval).nodes()
 
 
 def model_folder(config: ModelConfig) -> Path | None:
@@ -122,14 +132,28 @@ def model_digests(config: ModelConfig) -> dict[str, str]:
                 f"model.path {config.path}: {folder} has no tokenizer; "
                 "put tokenizer.json and tokenizer_config.json into it"
             )
-        files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
-    return {f"model:{path.name}": file_digest(path) for path in files if path.is_file()}
+        check_weight_files(config, folder)
+        code = ("**/*.py",) if may_run_code(config, folder) else ()
+        patterns = (*_MODEL_FILES, *code)
+        files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    return {
+        f"model:{path.relative_to(folder).as_posix()}": file_digest(path)
+        for path in files
+        if path.is_file()
+    }
 
 
 class _Graph:
-    def __init__(self, config: PipelineConfig, store: Path, find_incumbent: FindIncumbent) -> None:
+    def __init__(
+        self,
+        config: PipelineConfig,
+        store: Path,
+        find_incumbent: FindIncumbent,
+        find_approval: FindApproval,
+    ) -> None:
         self.config = config
         self.find_incumbent = find_incumbent
+        self.find_approval = find_approval
         self.data_root = Path(config.data.root).expanduser().absolute()
         self.runtime = Runtime(
             store=str(store),
@@ -426,16 +450,33 @@ class _Graph:
         return Node("evaluate", needs, make)
 
     def promote(self) -> Node:
+        training = self._training_data()
+
         def make(artifacts: Artifacts) -> StageRequest:
-            return PromoteRequest(
+            request = PromoteRequest(
                 runtime=self.runtime,
                 gate=self.config.gate,
                 registry=self.config.registry,
                 candidate=_take(artifacts, "train_rl", PolicyCheckpoint),
                 report=_take(artifacts, "evaluate", EvaluationReport),
+                evaluation=_take(artifacts, "prepare_data:evaluation", DatasetArtifact),
+                training=tuple(_take(artifacts, name, DatasetArtifact) for name in training),
             )
+            said = self.find_approval(request) if self.config.gate.approval else None
+            return request.model_copy(update={"approval": said})
 
-        return Node("promote", ("train_rl", "evaluate"), make)
+        needs = ("train_rl", "evaluate", "prepare_data:evaluation", *training)
+        return Node("promote", needs, make)
+
+    def _training_data(self) -> tuple[str, ...]:
+        """Every data set that a model of the run learns from, prepared or sampled."""
+        held_out = ("evaluation", "preferences_held_out", "step_labels_held_out")
+        prepared = [f"prepare_data:{name}" for name in self.splits() if name not in held_out]
+        sampled = [
+            *(["sample_preferences"] if self.samples_preferences else []),
+            *(["label_steps"] if self.labels_steps else []),
+        ]
+        return (*prepared, *sampled)
 
     def _verifier(self) -> VerifierConfig:
         verifier = self.config.reward.verifier

@@ -24,11 +24,10 @@ from schemas.artifacts import (
     PromotionDecision,
     RewardModelCheckpoint,
 )
-from schemas.base import UserError
 from schemas.fingerprint import digest
 
 if TYPE_CHECKING:
-    from infra.registry import RegisteredVersion, Registry
+    from infra.registry import RegisteredVersion
 
 _PREFIX = "posttrain.lineage."
 
@@ -93,10 +92,10 @@ def lineage_tags(store: Store, model: PolicyCheckpoint, run: Mapping[str, str]) 
 
 
 def lineage_of(home: Home, model: str) -> Lineage:
-    """The lineage of `NAME`, `NAME@alias` or `NAME/version`."""
+    """The lineage of `NAME`, `NAME@ALIAS`, `NAME@VERSION` or `NAME/VERSION`."""
     from infra.registry import Registry
 
-    version = _version(Registry(home.mlflow_uri, home.locks), model)
+    version = Registry(home.mlflow_uri, home.locks).find(model)
     store = home.store
     decision = _find(store, version.tags.get("posttrain.decision"))
     evaluation = _find(store, version.tags.get("posttrain.evaluation"))
@@ -123,10 +122,14 @@ def tree(lineage: Lineage) -> Tree:
     root = Tree(Text(f"{version.name} version {version.version}{aliases}", style="bold"))
     root.add(_text("content", version.sha256))
     if lineage.decision is not None:
-        verdict = "promoted" if lineage.decision.promoted else "refused"
-        branch = root.add(_text("decision", f"{verdict}  {lineage.decision.fingerprint[:12]}"))
+        decision = f"{lineage.decision.outcome}  {lineage.decision.fingerprint[:12]}"
+        branch = root.add(_text("decision", decision))
         for check in lineage.decision.checks:
             branch.add(Text(f"{'passed' if check.passed else 'failed'}: {check.reason}"))
+        said = lineage.decision.approval
+        if said is not None:
+            verdict = "approved" if said.granted else "refused"
+            branch.add(Text(f"{verdict} by {said.by} at {said.when}: {said.reason}"))
     if lineage.evaluation is not None:
         _add_evaluation(root, lineage.evaluation)
     if lineage.model is not None:
@@ -192,23 +195,6 @@ def _made_by(created: CreatedBy) -> dict[str, str]:
         "posttrain.packages": json.dumps(created.packages, sort_keys=True),
         "posttrain.code": digest(created.code),
     }
-
-
-def _version(registry: Registry, model: str) -> RegisteredVersion:
-    name, slash, number = model.partition("/")
-    if slash:
-        return registry.version(name, number)
-    name, _, alias = model.partition("@")
-    known = [one for one in registry.list_models() if one.name == name]
-    if not known:
-        raise UserError(f"there is no registered model {name}; posttrain models lists them")
-    wanted = alias or "champion"
-    found = next((one for one in known if wanted in one.aliases), None)
-    if found is not None:
-        return found
-    if alias:
-        raise UserError(f"model {name} has no alias {alias}; posttrain models lists what there is")
-    return known[-1]
 
 
 def _find(store: Store, fingerprint: str | None) -> Artifact | None:

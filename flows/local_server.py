@@ -16,6 +16,7 @@ import urllib.request
 
 from infra.environment import Home
 from infra.launch import die_with_parent
+from infra.redaction import redact, redact_process
 from infra.tail import last_lines
 
 _START_SECONDS = 180.0
@@ -41,7 +42,7 @@ def start_local_server(home: Home) -> str:
     atexit.register(_stop, process)
     url = f"http://127.0.0.1:{port}/api"
     if not _answers(url, process):
-        lines = "\n".join(f"  | {line}" for line in last_lines(log, 5))
+        lines = "\n".join(f"  | {redact(line)}" for line in last_lines(log, 5))
         raise OSError(f"Prefect's server did not start; see {log}\n{lines}")
     return url
 
@@ -79,6 +80,7 @@ def _answers(url: str, process: "subprocess.Popen[bytes]") -> bool:
 def main() -> None:
     """The server's process: `python -m flows.local_server PORT`."""
     die_with_parent()
+    redact_process()
     os.environ["PREFECT_UI_ENABLED"] = "0"
     os.environ["PREFECT__SERVER_EPHEMERAL"] = "1"
     os.environ["PREFECT__SERVER_FINAL"] = "1"

@@ -106,6 +106,6 @@ def _run(session: Session, node: Node) -> Artifact | None:
     artifact: Artifact | None = state.result()
     if isinstance(artifact, PromotionDecision):
         if state.name != _CACHED:
-            events.decided(session, artifact)
+            events.decided(session.run.record.run, session.config.name, artifact)
         events.decision_page(session, artifact)
     return artifact

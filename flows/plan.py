@@ -55,7 +55,12 @@ def make_plan(config: PipelineConfig, home: Home, *, rerun_changed_code: bool = 
     Raises `UserError` for everything that is wrong with the inputs.
     """
     archive = Archive(home, config.registry.name)
-    nodes = build_graph(config, store=archive.store.root, find_incumbent=archive.incumbent)
+    nodes = build_graph(
+        config,
+        store=archive.store.root,
+        find_incumbent=archive.incumbent,
+        find_approval=archive.approval,
+    )
     artifacts: dict[str, Artifact] = {}
     stages: list[PlannedStage] = []
     for node in nodes:
@@ -72,7 +77,7 @@ def plan_stage(
     """What would happen to one stage, given the artifacts that are reused before it."""
     waits = [name for name in node.needs if name not in artifacts]
     if waits:
-        return PlannedStage(node.name, "run", f"after {', '.join(waits)}", node.needs)
+        return PlannedStage(node.name, "run", f"after {_listed(tuple(waits))}", node.needs)
     request = node.build(artifacts)
     found = archive.finished(request)
     if found is not None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from infra.redaction import secret_in
 from schemas.base import UserError
 from schemas.pipeline import PipelineConfig
 
@@ -50,8 +51,37 @@ class Recipe:
     lines: dict[Place, int]
 
 
+_MAX_DEPTH = 40
+_MAX_NODES = 100_000
+"""Of a recipe with its aliases written out: a few lines can stand for billions of values."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML where `3e-4` is a number, dates are texts, and a field given twice is an error."""
+    """YAML where `3e-4` is a number, dates are texts, and a field given twice is an error.
+
+    Nesting is bounded: the scanner's time grows with the square of the depth.
+    """
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """Refuse what no recipe needs, before it takes for ever."""
+        self._check_depth()
+        super().fetch_flow_collection_start(token)
+
+    def add_indent(self, column: int) -> bool:
+        """Refuse what no recipe needs."""
+        self._check_depth()
+        added: bool = super().add_indent(column)
+        return added
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """The values of a document whose aliases stay within bounds."""
+        _check_size(node, {})
+        return super().construct_document(node)
+
+    def _check_depth(self) -> None:
+        if self.flow_level + len(self.indents) > _MAX_DEPTH:
+            problem = f"nested more than {_MAX_DEPTH} levels deep"
+            raise yaml.scanner.ScannerError(None, None, problem, self.get_mark())
 
 
 _REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
@@ -84,6 +114,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Pipeli
     recipe = read_recipe(find_recipe(name_or_path))
     content = recipe.content
     set_places = [apply_override(content, override) for override in overrides or []]
+    _refuse_secrets(recipe, content, set_places)
     text = json.dumps(content, default=str)
     try:
         # From JSON, strictly: a list becomes a tuple, but a text never becomes a number.
@@ -133,6 +164,7 @@ def read_recipe(path: Path) -> Recipe:
                 raise UserError(
                     f"{path}: the recipe is empty; start from {SHIPPED / 'quickstart.yaml'}"
                 )
+            _check_size(node, {})
             lines: dict[Place, int] = {}
             _index(node, (), lines, path)
             content = loader.construct_document(node)
@@ -160,14 +192,15 @@ def read_recipe(path: Path) -> Recipe:
 def apply_override(content: dict[str, Any], override: str) -> Place:
     """Apply one `a.b=c` to raw content, in place; the value is YAML; numbers index lists."""
     key, equals, value_text = override.partition("=")
+    quoted = override if len(override) <= 200 else f"{override[:197]}..."
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(f"--set {override}: write it as --set section.field=value")
+        raise UserError(f"--set {quoted}: write it as --set section.field=value")
     try:
         value = yaml.load(value_text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = getattr(error, "problem", None) or error
-        raise UserError(f"--set {override}: the value is not valid YAML: {problem}") from None
+        raise UserError(f"--set {quoted}: the value is not valid YAML: {problem}") from None
     here: Any = content
     place: list[str | int] = []
     for depth, part in enumerate(parts):
@@ -184,7 +217,7 @@ def apply_override(content: dict[str, Any], override: str) -> Place:
             index = int(part) if part.isdecimal() else -1
             if not 0 <= index < len(here):
                 raise UserError(
-                    f"--set {override}: {_dotted(place)} is a list of {len(here)}; "
+                    f"--set {quoted}: {_dotted(place)} is a list of {len(here)}; "
                     f"{part} is no index of it"
                 )
             place.append(index)
@@ -194,9 +227,30 @@ def apply_override(content: dict[str, Any], override: str) -> Place:
                 here = here[index]
         else:
             raise UserError(
-                f"--set {override}: {_dotted(place)} is {_shown(here)}, it has no field {part}"
+                f"--set {quoted}: {_dotted(place)} is {_shown(here)}, it has no field {part}"
             )
     return tuple(place)
+
+
+def _check_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Nodes below and with a node, every alias counted as what it stands for."""
+    known = sizes.get(id(node), 0)
+    if known is None:
+        raise yaml.MarkedYAMLError(None, None, "an alias holds itself", node.start_mark)
+    if known:
+        return known
+    sizes[id(node)] = None
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        inner = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    size = 1 + sum(_check_size(part, sizes) for part in inner)
+    if size > _MAX_NODES:
+        problem = f"stands for more than {_MAX_NODES} values"
+        raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
+    sizes[id(node)] = size
+    return size
 
 
 def _index(node: yaml.Node, place: Place, lines: dict[Place, int], path: Path) -> None:
@@ -219,6 +273,33 @@ def _index(node: yaml.Node, place: Place, lines: dict[Place, int], path: Path) -
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             _index(item, (*place, index), lines, path)
+
+
+def _refuse_secrets(recipe: Recipe, content: Any, set_places: list[Place]) -> None:
+    """A recipe is written into records, requests and MLflow: no secret may stand in it."""
+    problems: list[str] = []
+    for place, text in _texts(content, ()):
+        found = secret_in(text)
+        if found is not None:
+            dotted = _dotted(place)
+            problems.append(
+                f"{_where(place, dotted, recipe, set_places)}: {dotted} holds {found}, and a "
+                "recipe is kept with every run: leave it in the environment, and let the function "
+                "that needs it read it there"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _texts(value: Any, place: Place) -> Iterator[tuple[Place, str]]:
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _texts(item, (*place, str(key)))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts(item, (*place, index))
 
 
 def _problems(error: ValidationError, recipe: Recipe, set_places: list[Place]) -> list[str]:
@@ -261,6 +342,9 @@ def _where(place: Place, text: str, recipe: Recipe, set_places: list[Place]) -> 
     for given in set_places:
         if place[: len(given)] == given or _dotted(given) in text:
             return "--set"
+    # A rule that crosses sections has no place of its own; its text begins with the field.
+    named = text.split(" ", 1)[0].rstrip(":")
+    place = place or next((known for known in recipe.lines if _dotted(known) == named), ())
     for end in range(len(place), 0, -1):
         if place[:end] in recipe.lines:
             return f"{recipe.path}:{recipe.lines[place[:end]]}"
@@ -285,7 +369,7 @@ def _plain_place(loc: tuple[int | str, ...]) -> tuple[Place, bool]:
             place.append(part)
         elif isinstance(part, int) or _is_mapping(annotation):
             place.append(part)
-            annotation = None
+            annotation = _item(annotation)
         else:
             in_union = True
     return tuple(place), in_union
@@ -305,6 +389,12 @@ def _model(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def _item(annotation: Any) -> Any:
+    """What `tuple[MetricLimit, ...]` holds; None for anything but such a list."""
+    is_list = typing.get_origin(annotation) is tuple
+    return typing.get_args(annotation)[0] if is_list else None
+
+
 def _is_mapping(annotation: Any) -> bool:
     return any(typing.get_origin(item) is dict for item in _alternatives(annotation))
 
@@ -312,9 +402,11 @@ def _is_mapping(annotation: Any) -> bool:
 def _nearest(place: Place) -> str:
     """`; did you mean X?` for an unknown field, or what is known at that place."""
     model: type[BaseModel] | None = PipelineConfig
+    annotation: Any = PipelineConfig
     for part in place[:-1]:
         field = model.model_fields.get(str(part)) if model else None
-        model = _model(field.annotation) if field else None
+        annotation = field.annotation if field else _item(annotation)
+        model = _model(annotation)
     if model is None:
         return ""
     name = str(place[-1])

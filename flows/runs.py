@@ -10,16 +10,66 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
+from infra.files import encodable
+from infra.redaction import redact
 from schemas.base import Frozen, UserError
 from schemas.fingerprint import digest
 from schemas.pipeline import PipelineConfig
 
 StageStatus = Literal["ran", "reused", "resumed"]
 RunStatus = Literal["running", "finished", "failed", "stopped"]
+
+
+# What a person is shown must be there; more may be.
+class _Scores(BaseModel):
+    pass_at_1: float = Field(alias="pass@1")
+    num_records: int
+    kl: float
+    length: float
+    truncated_fraction: float
+
+
+class _Evaluation(BaseModel):
+    candidate: _Scores
+    baseline: _Scores
+    incumbent: _Scores
+
+
+class _Decision(BaseModel):
+    promoted: bool
+    registered_model: str
+    version: str
+    aliases: list[str]
+    reasons: list[str]
+
+
+class _Outcome(BaseModel):
+    accuracy: float
+
+
+class _Process(BaseModel):
+    step_accuracy: float
+    first_error_f1: float
+
+
+class _RewardModels(BaseModel):
+    outcome: _Outcome | None
+    process: _Process | None
+
+
+def _shaped(shape: type[BaseModel]) -> AfterValidator:
+    """Checks that a document holds what it is shown with, and leaves it as it is."""
+
+    def check(value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            shape.model_validate(value)
+        return value
+
+    return AfterValidator(check)
 
 
 class StageRow(Frozen):
@@ -62,13 +112,13 @@ class RunRecord(Frozen):
     """The MLflow run of the pipeline."""
     stages: tuple[StageRow, ...] = ()
     """Stages that are done, in order."""
-    evaluation: dict[str, Any] | None = None
+    evaluation: Annotated[dict[str, Any] | None, _shaped(_Evaluation)] = None
     """Scores of candidate, baseline and incumbent."""
-    reward_models: dict[str, Any] = Field(
+    reward_models: Annotated[dict[str, Any], _shaped(_RewardModels)] = Field(
         default_factory=lambda: {"outcome": None, "process": None}
     )
     """Held-out numbers of the reward models; None where the recipe has none."""
-    decision: dict[str, Any] | None = None
+    decision: Annotated[dict[str, Any] | None, _shaped(_Decision)] = None
     """What the gate said, and what the registry did."""
     outcome: str | None = None
     """One sentence on how it ended."""
@@ -117,7 +167,10 @@ class OpenRun:
         self.write(self.record.model_copy(update=fields))
 
     def write(self, record: RunRecord) -> None:
-        """Replace the record in memory and, by one rename, on disk."""
+        """Replace the record in memory and, by one rename, on disk; without secrets."""
+        if record.outcome is not None:
+            outcome = encodable(redact(record.outcome))
+            record = record.model_copy(update={"outcome": outcome})
         self.record = record
         temporary = self.folder / f"run.json.{os.getpid()}"
         temporary.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")

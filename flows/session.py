@@ -18,6 +18,7 @@ from flows.runs import OpenRun, Runs, StageRow, StageStatus
 from infra.code import changed_code
 from infra.environment import Home
 from infra.launch import StageFailed, run_stage, terminate_all
+from infra.redaction import redact, redact_error
 from infra.tail import last_lines
 from schemas.artifacts import (
     Artifact,
@@ -30,6 +31,8 @@ from schemas.base import UserError
 from schemas.fingerprint import fingerprint_fields
 from schemas.pipeline import PipelineConfig
 from schemas.requests import AnyRequest, PromoteRequest, StageRequest
+from stages.data.records import iter_records
+from stages.gate.slices import find_slices
 
 if TYPE_CHECKING:
     from infra.mlflow_tracking import Tracking
@@ -61,7 +64,10 @@ class Session:
         self.archive = Archive(home, config.registry.name)
         self.store = self.archive.store
         self.nodes = build_graph(
-            config, store=self.store.root, find_incumbent=self.archive.incumbent
+            config,
+            store=self.store.root,
+            find_incumbent=self.archive.incumbent,
+            find_approval=self.archive.approval,
         )
         self.artifacts: dict[str, Artifact] = {}
         self._spent: dict[str, float] = {}
@@ -185,7 +191,7 @@ class Session:
             evaluation=evaluation_document(report),
             reward_models=reward_models_document(self.artifacts),
             decision=decision_document(decision, self.archive),
-            outcome="promoted" if decision.promoted else "refused by the gate",
+            outcome=decision.outcome,
         )
         tags = {
             "posttrain.outcome": self.run.record.outcome or "",
@@ -280,6 +286,9 @@ class Session:
         seconds: float,
         peak_memory_bytes: int | None,
     ) -> None:
+        if node.name == "prepare_data:evaluation" and self.config.gate.slices:
+            # Now, and not after a night of training: do the records have the fields?
+            find_slices(iter_records(self.store.path(artifact)), self.config.gate.slices)
         self.artifacts[node.name] = artifact
         row = StageRow(
             name=node.name,
@@ -308,8 +317,9 @@ class Session:
         try:
             yield run_id
             status = "FINISHED"
-        except Exception:
+        except Exception as error:
             status = "FAILED"
+            redact_error(error)  # Prefect keeps it
             raise
         finally:
             with self._tolerating_mlflow():
@@ -321,7 +331,7 @@ class Session:
         try:
             yield
         except Exception as error:
-            self.watcher.note(f"MLflow was not told: {error}")
+            self.watcher.note(redact(f"MLflow was not told: {error}"))
 
 
 @contextlib.contextmanager
@@ -351,6 +361,7 @@ def open_session(
         try:
             session = Session(config, home, run, tracking, listener(), rerun_changed_code)
         except UserError as error:
+            redact_error(error)
             run.update(status="failed", ended=datetime.now(UTC), outcome=str(error))
             tracking.finish_run(run_id, "FAILED")
             raise
@@ -358,7 +369,7 @@ def open_session(
             yield session
             session.finish()
         except BaseException as error:
-            session.fail(error)
+            session.fail(redact_error(error))
             raise
         finally:
             terminate_all()
@@ -387,15 +398,27 @@ def decision_document(decision: PromotionDecision, archive: Archive) -> dict[str
     """What the gate said, with the aliases as they are now."""
     aliases, rolled_back = archive.aliases_now(decision)
     reasons = list(decision.reasons)
+    if decision.awaiting_approval:
+        reasons.append(awaiting_text(decision))
     if rolled_back is not None:
         reasons.append(f"rolled back since then: {rolled_back}")
     return {
         "promoted": decision.promoted,
+        "awaiting_approval": decision.awaiting_approval,
         "registered_model": decision.registered_model,
         "version": decision.version,
         "aliases": list(aliases),
         "reasons": reasons,
     }
+
+
+def awaiting_text(decision: PromotionDecision) -> str:
+    """What a person can do about a decision that waits."""
+    model = f"{decision.registered_model}@{decision.version}"
+    return (
+        f"awaiting approval: posttrain promote {model} --approve --reason WHY, "
+        "or --reject; --explain shows every number"
+    )
 
 
 @contextlib.contextmanager

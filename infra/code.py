@@ -36,19 +36,13 @@ _PACKAGES = (
 
 def source_digest(import_path: str) -> str:
     """Digest of the module behind `module:function`, found and read without running it."""
-    module, function = _split(import_path)
-    path = _module_file(module, import_path)
-    tree = _parse(path, import_path)
-    names = _top_level_names(tree)
-    if function not in names:
-        raise UserError(f"{import_path}: {path} defines no {function}{_nearest(function, names)}")
-    return _tree_digest(tree)
+    return _tree_digest(_defining_tree(import_path))
 
 
 def load_function(import_path: str) -> Callable[..., Any]:
-    """Import the function named `module:function`."""
+    """Import the function named `module:function`, which must be a name that the module binds."""
+    _defining_tree(import_path)
     module, name = _split(import_path)
-    _module_file(module, import_path)
     try:
         loaded = importlib.import_module(module)
     except Exception as error:
@@ -114,10 +108,27 @@ def _version(distribution: str) -> str | None:
 
 
 def _split(import_path: str) -> tuple[str, str]:
-    module, colon, function = import_path.partition(":")
-    if not (colon and module and function.isidentifier()):
+    module, _, function = import_path.partition(":")
+    names = [*module.split("."), function]
+    if not all(map(str.isidentifier, names)):
         raise UserError(f"{import_path!r} is not an import path; write module:function")
+    if any(name.startswith("__") for name in names):
+        raise UserError(
+            f"{import_path!r} names something of Python's own; write module:function "
+            "with a function of yours"
+        )
     return module, function
+
+
+def _defining_tree(import_path: str) -> ast.Module:
+    """The syntax tree of the module, once it is sure that it defines the function."""
+    module, function = _split(import_path)
+    path = _module_file(module, import_path)
+    tree = _parse(path, import_path)
+    names = _top_level_names(tree)
+    if function not in names:
+        raise UserError(f"{import_path}: {path} defines no {function}{_nearest(function, names)}")
+    return tree
 
 
 def _find_spec(name: str) -> ModuleSpec | None:
@@ -151,7 +162,7 @@ def _module_file(module: str, import_path: str) -> Path:
 def _parse(path: Path, import_path: str) -> ast.Module:
     try:
         return ast.parse(path.read_bytes(), str(path))
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, OSError) as error:
         raise UserError(f"{import_path}: {path} does not parse: {error}") from error
 
 

@@ -68,6 +68,8 @@ def quiet_environment(home: Home) -> dict[str, str]:
     """Variables to set, where the user has not, before Prefect and MLflow are imported."""
     prefect = home.prefect_home
     return {
+        # Nothing is asked of a hub beyond the files that a recipe names.
+        "DISABLE_SAFETENSORS_CONVERSION": "1",
         # No telemetry, from anyone.
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

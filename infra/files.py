@@ -32,6 +32,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def encodable(text: str) -> str:
+    """The text with lone surrogates, which no file can hold, written out as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that readers see the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")

@@ -18,7 +18,8 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from infra import heartbeat
-from infra.files import write_atomic
+from infra.files import encodable, write_atomic
+from infra.redaction import redact
 from infra.store import Store
 from infra.tail import follow, last_lines
 from schemas.artifacts import AnyArtifact
@@ -81,7 +82,7 @@ class StageFailed(RuntimeError):
     def __init__(
         self, message: str, exit_code: int | None, signal: int | None, retryable: bool
     ) -> None:
-        super().__init__(message)
+        super().__init__(redact(message))
         self.exit_code = exit_code
         self.signal = signal
         self.retryable = retryable
@@ -211,7 +212,7 @@ def run_stage(
     write_atomic(work / "request.json", request.model_dump_json(indent=1))
     log = work / "stage.log"
     started = time.monotonic()
-    with follow(log, on_line):
+    with follow(log, lambda line: on_line(redact(line))):
         child = _start(work, store.lock_descriptor(request.fingerprint), env or {})
         code = _run_to_end(child, timeout, _Watch(request.stage, work, hang_timeout))
     result = _read_result(work)
@@ -223,7 +224,7 @@ def run_stage(
                 artifact, seconds, result.peak_memory_bytes, result.resumed_from_step
             )
     if result is not None and result.status == "user_error":
-        raise UserError(result.message)
+        raise UserError(redact(result.message))
     raise _failure(request.stage, code, result, log, child.asked_to_stop.is_set())
 
 
@@ -250,7 +251,7 @@ def write_result(
     """Leave `result.json` for the parent; the stage's process calls it last."""
     result = StageResult(
         status=status,
-        message=message,
+        message=encodable(redact(message)),
         retryable=retryable,
         resumed_from_step=resumed_from_step,
         peak_memory_bytes=_peak_memory_bytes(),
@@ -315,7 +316,7 @@ def _run_to_end(child: _Child, timeout: float | None, watch: _Watch) -> int:
 def _read_result(work: Path) -> StageResult | None:
     try:
         return StageResult.model_validate_json((work / "result.json").read_bytes())
-    except (FileNotFoundError, ValidationError):
+    except (OSError, ValidationError):
         return None
 
 

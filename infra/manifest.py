@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import stat
 from pathlib import Path, PurePosixPath
 from typing import TypedDict
@@ -26,12 +28,41 @@ class CorruptArtifact(Exception):
     """Content that is not what its manifest says; the message names the file."""
 
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def parse_manifest(text: bytes) -> Manifest:
+    """A manifest from its JSON; raises `CorruptArtifact` for anything else, and for bad names."""
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptArtifact(f"the manifest is not JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise CorruptArtifact("the manifest is not an object")
+    for name, entry in manifest.items():
+        if not _is_entry(entry):
+            raise CorruptArtifact(f"the manifest says nothing of use about {_shown(name)}")
+    check_names(manifest)
+    return manifest
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, dict) or entry.keys() != {"sha256", "size"}:
+        return False
+    sha256, size = entry["sha256"], entry["size"]
+    known = isinstance(sha256, str) and _SHA256.fullmatch(sha256) is not None
+    return known and type(size) is int and size >= 0
+
+
 def build_manifest(content: Path) -> Manifest:
     """Digest every file of a folder. Only plain files and folders are accepted."""
-    return {
+    manifest: Manifest = {
         name: {"sha256": file_digest(content / name), "size": (content / name).stat().st_size}
         for name in plain_files(content)
     }
+    check_names(manifest)
+    return manifest
 
 
 def manifest_digest(manifest: Manifest) -> str:
@@ -59,11 +90,28 @@ def plain_files(content: Path) -> list[str]:
 
 
 def check_names(manifest: Manifest) -> None:
-    """Refuse names that leave the folder."""
+    """Refuse names that leave the folder, on this system or another, and names of no file."""
     for name in manifest:
-        parts = PurePosixPath(name).parts
-        if not parts or parts[0] == "/" or ".." in parts:
-            raise CorruptArtifact(f"the manifest names {name!r}, which is outside the content")
+        path = PurePosixPath(name)
+        inside = path.parts and not path.is_absolute() and ".." not in path.parts
+        if not inside or "\\" in name or _DRIVE.match(name):
+            raise CorruptArtifact(
+                f"the manifest names {_shown(name)}, which is outside the content"
+            )
+        if str(path) != name or "\0" in name or not _encodable(name):
+            raise CorruptArtifact(f"the manifest names {_shown(name)}, which is no file's name")
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 200 else f"{name[:200]}…")
+
+
+def _encodable(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_sizes(content: Path, manifest: Manifest) -> None:
@@ -75,7 +123,7 @@ def check_sizes(content: Path, manifest: Manifest) -> None:
         raise CorruptArtifact(str(error)) from error
     for name in sorted(manifest.keys() ^ set(names)):
         state = "is missing" if name in manifest else "is not in the manifest"
-        raise CorruptArtifact(f"{content / name} {state}")
+        raise CorruptArtifact(f"{content}: {_shown(name)} {state}")
     for name, entry in manifest.items():
         size = (content / name).stat().st_size
         if size != entry["size"]:

@@ -15,11 +15,12 @@ from typing import Any, Literal, Self
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from infra.files import write_atomic
 from infra.mlflow_uri import artifact_location
-from infra.tracking import parse_line
+from infra.redaction import redact
+from infra.tracking import parse_lines
 from schemas.base import Frozen
 
 _log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Tracking:
         """Log parameters, nested ones with dots. MLflow lets none be changed: the first stays."""
         known = self.client.get_run(run_id).data.params
         new = [
-            Param(metric_name(key), str(value)[:_MAX_VALUE_LENGTH])
+            Param(metric_name(key), redact(str(value))[:_MAX_VALUE_LENGTH])
             for key, value in _flat(params)
             if metric_name(key) not in known
         ]
@@ -82,7 +83,8 @@ class Tracking:
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags, over old ones."""
-        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        shown = [RunTag(key, redact(value)) for key, value in tags.items()]
+        self.client.log_batch(run_id, tags=shown)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log numbers at once; for the few that do not come out of a metrics file."""
@@ -91,8 +93,8 @@ class Tracking:
         self.log_metric_values(run_id, values)
 
     def log_file(self, run_id: str, path: Path) -> None:
-        """Keep a small file with a run; an earlier one of the same name is replaced."""
-        self.client.log_artifact(run_id, str(path))
+        """Keep a small text file with a run; an earlier one of the same name is replaced."""
+        self.client.log_text(run_id, redact(path.read_text(encoding="utf-8")), path.name)
 
     def log_metric_values(self, run_id: str, values: list[Metric]) -> None:
         """Log metric values that carry their own steps and times."""
@@ -116,7 +118,8 @@ class Tracking:
         rule = " and ".join(f"tags.`{key}` = '{value}'" for key, value in wanted.items())
         found = self.client.search_runs([experiment_id], rule, max_results=1)
         if not found:
-            run = self.client.create_run(experiment_id, tags=dict(tags), run_name=name)
+            shown = {key: redact(value) for key, value in tags.items()}
+            run = self.client.create_run(experiment_id, tags=shown, run_name=name)
             return str(run.info.run_id)
         run_id = str(found[0].info.run_id)
         self.client.update_run(run_id, status="RUNNING")
@@ -131,8 +134,8 @@ class Tracking:
             if isinstance(error, MlflowException) and error.error_code != "INTERNAL_ERROR":
                 raise
             raise TrackingUnavailable(
-                f"MLflow at {self.uri} does not answer ({error}); start it, or set "
-                "MLFLOW_TRACKING_URI to another address (unset: a database in the home)"
+                f"MLflow at {redact(self.uri)} does not answer ({redact(str(error))}); start it, "
+                "or set MLFLOW_TRACKING_URI to another address (unset: a database in the home)"
             ) from error
 
 
@@ -148,7 +151,7 @@ def _metric(key: str, value: float, seconds: float, step: int) -> Metric:
 class _Cursor(Frozen):
     """How far a metrics file has been shipped."""
 
-    offset: int = 0
+    offset: int = Field(default=0, ge=0)
     """Bytes that were read."""
     last_line: str = ""
     """The line that ends at `offset`; if it is not there any more, the file was rewritten."""
@@ -169,7 +172,7 @@ def ship_pending(tracking: Tracking, run_id: str, metrics_path: Path, cursor_pat
         values = _new_values(lines, steps)
         tracking.log_metric_values(run_id, values)
         sent += len(values)
-        cursor = _Cursor(offset=offset, last_line=lines[-1].decode(), steps=steps)
+        cursor = _Cursor(offset=offset, last_line=lines[-1].decode("utf-8", "replace"), steps=steps)
         write_atomic(cursor_path, cursor.model_dump_json())
     return sent
 
@@ -183,7 +186,7 @@ class MetricsShipper:
         self._ship: Callable[[], int] = partial(
             ship_pending, tracking, run_id, metrics_path, cursor_path
         )
-        self._place = f"{tracking.uri} (metrics wait in {metrics_path})"
+        self._place = f"{redact(tracking.uri)} (metrics wait in {metrics_path})"
         self._stop = threading.Event()
         self._drained = False
         # A daemon: a request that hangs must not keep the program from ending.
@@ -221,7 +224,7 @@ class MetricsShipper:
                 self._ship()
             except Exception as error:  # whatever it is, training goes on
                 if pause == _POLL_SECONDS:
-                    _log.warning("MLflow does not answer: %s: %s", self._place, error)
+                    _log.warning("MLflow does not answer: %s: %s", self._place, redact(str(error)))
                 pause = min(2 * pause, _MAX_BACKOFF_SECONDS)
                 if stopping:
                     return
@@ -241,14 +244,21 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _read_cursor(path: Path) -> _Cursor:
-    return _Cursor.model_validate_json(path.read_bytes()) if path.exists() else _Cursor()
+    """The cursor of an earlier process; a damaged one counts as none: MLflow drops what it has."""
+    if not path.exists():
+        return _Cursor()
+    try:
+        return _Cursor.model_validate_json(path.read_bytes())
+    except ValidationError:
+        _log.warning("%s is damaged: all metrics are shipped again", path)
+        return _Cursor()
 
 
 def _start_offset(path: Path, cursor: _Cursor) -> int:
     """Where to go on: the cursor's offset if the file still is the one that was read, else 0."""
     last = cursor.last_line.encode()
     start = cursor.offset - len(last)
-    if not path.exists():
+    if start < 0 or not path.exists():
         return 0
     with path.open("rb") as file:
         file.seek(start)
@@ -277,7 +287,7 @@ def _batches(path: Path, offset: int) -> Iterator[tuple[list[bytes], int]]:
 def _new_values(lines: list[bytes], steps: dict[str, int]) -> list[Metric]:
     """The values of later steps than `steps` tells of; brings `steps` up to date."""
     values: list[Metric] = []
-    for line in map(parse_line, lines):
+    for line in parse_lines(lines):
         for key, value in line.metrics.items():
             if line.step > steps.get(key, -1):
                 steps[key] = line.step

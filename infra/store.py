@@ -25,6 +25,7 @@ from infra.manifest import (
     check_content,
     check_sizes,
     manifest_digest,
+    parse_manifest,
     plain_files,
 )
 from schemas.artifacts import AnyArtifact, Artifact, artifact_adapter
@@ -54,7 +55,7 @@ class Store:
 
     def content_uri(self, fingerprint: str) -> str:
         """Folder of an artifact's content, relative to the root."""
-        return f"artifacts/{_checked(fingerprint)}/content"
+        return _uri(fingerprint)
 
     def work_dir(self, fingerprint: str) -> Path:
         """The folder in which the work of a fingerprint happens; made if it is missing."""
@@ -97,7 +98,7 @@ class Store:
             try:
                 made = (path.parent / "artifact.json").stat().st_mtime
                 fields = json.loads(path.read_bytes())
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue  # being removed, or damaged: it is only for people
             if isinstance(fields, dict):
                 yield path.parent.name, fields, made
@@ -163,7 +164,7 @@ class Store:
         """Compare every file with the manifest; raises `CorruptArtifact` naming the file."""
         folder = self.artifacts_folder / _checked(artifact.fingerprint)
         content = folder / "content"
-        if self.root / artifact.uri != content:
+        if artifact.uri != _uri(artifact.fingerprint):
             raise CorruptArtifact(f"{artifact.uri} is not the content of {artifact.fingerprint}")
         check_content(content, _read_manifest(folder, artifact))
         self._verified.add((artifact.fingerprint, artifact.sha256))
@@ -172,7 +173,7 @@ class Store:
         """Folder of an artifact's content, verified once in this process."""
         if (artifact.fingerprint, artifact.sha256) not in self._verified:
             self.verify(artifact)
-        return self.root / artifact.uri
+        return self.root / _uri(artifact.fingerprint)
 
     def quarantine(self, fingerprint: str) -> None:
         """Put a finished artifact aside, so that its work is done again."""
@@ -237,6 +238,8 @@ class Store:
 
     def _stage(self, work: Path, artifact: Artifact) -> None:
         """Collect everything that is to be renamed in `work/publish`, and flush it to the disk."""
+        if artifact.uri != _uri(artifact.fingerprint):
+            raise CorruptArtifact(f"{artifact.uri} is not the content of {artifact.fingerprint}")
         manifest = build_manifest(work / "content")
         found = manifest_digest(manifest)
         if found != artifact.sha256:
@@ -256,6 +259,10 @@ class Store:
         sync(staging)
 
 
+def _uri(fingerprint: str) -> str:
+    return f"artifacts/{_checked(fingerprint)}/content"
+
+
 def _checked(fingerprint: str) -> str:
     if not _FINGERPRINT.fullmatch(fingerprint):
         raise ValueError(f"{fingerprint!r} is not a fingerprint")
@@ -266,18 +273,20 @@ def _read_artifact(folder: Path) -> AnyArtifact:
     path = folder / "artifact.json"
     try:
         artifact = artifact_adapter.validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptArtifact(f"{path} cannot be read: {error}") from error
     if artifact.fingerprint != folder.name:
         raise CorruptArtifact(f"{path} belongs to {artifact.fingerprint}")
+    if artifact.uri != _uri(artifact.fingerprint):
+        raise CorruptArtifact(f"{path} says that its content is at {artifact.uri}")
     return artifact
 
 
 def _read_manifest(folder: Path, artifact: Artifact) -> Manifest:
     path = folder / "manifest.json"
     try:
-        manifest: Manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        manifest = parse_manifest(path.read_bytes())
+    except (OSError, CorruptArtifact) as error:
         raise CorruptArtifact(f"{path} cannot be read: {error}") from error
     if manifest_digest(manifest) != artifact.sha256:
         raise CorruptArtifact(f"{path} does not have the digest that artifact.json names")

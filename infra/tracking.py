@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from infra.files import write_atomic
+
+_log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -79,15 +82,28 @@ def parse_line(text: str | bytes) -> MetricsLine:
         record = json.loads(text)
         metrics = {key: float(value) for key, value in record["metrics"].items()}
         return MetricsLine(int(record["step"]), metrics, float(record["time"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a line of metrics: {text!r}") from error
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a line of metrics: {text[:200]!r}") from error
 
 
 def read_metrics(path: Path) -> list[MetricsLine]:
-    """Every whole line of a metrics file; a torn last line and a missing file are no error."""
+    """Every whole line of a metrics file; a torn last line and a missing file are no error.
+
+    A damaged line is left out, with a warning: numbers for people must not keep a stage from
+    going on.
+    """
     if not path.exists():
         return []
-    return [parse_line(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    return list(parse_lines(path.read_bytes().split(b"\n")[:-1]))
+
+
+def parse_lines(lines: Iterable[bytes]) -> Iterator[MetricsLine]:
+    """The lines that can be read; a warning for each that cannot."""
+    for line in lines:
+        try:
+            yield parse_line(line)
+        except ValueError as error:
+            _log.warning("a damaged line of metrics is left out: %s", error)
 
 
 def _to_json(value: float) -> float | str:

@@ -145,6 +145,20 @@ class ModelScores(Frozen):
     """Mean completion length in tokens."""
     truncated_fraction: float
     """Share of the completions that were cut."""
+    components: dict[str, float] = Field(default_factory=dict)
+    """Mean of each reward component, unweighted (`verifier`, `outcome`, `process`), and `proxy`:
+    the weighted sum of the trained ones, where there is one."""
+
+    def metrics(self) -> dict[str, float]:
+        """Every metric by the name that the gate knows it by."""
+        return {
+            **self.pass_at,
+            "reward": self.reward,
+            "kl": self.kl,
+            "length": self.length,
+            "truncated_fraction": self.truncated_fraction,
+            **self.components,
+        }
 
 
 class EvaluationReport(Artifact):
@@ -162,11 +176,31 @@ class GateCheck(Frozen):
     """One rule of the gate and the numbers it was judged on."""
 
     rule: str
+    """Name of the field of the gate, with the metric or the slice in brackets."""
     passed: bool
-    observed: float
+    observed: float | None
+    """The number that was judged; None where there was nothing to measure, which `reason` says."""
     required: float
+    """Its limit."""
     reason: str
     """One sentence for a person."""
+    numbers: dict[str, float] = Field(default_factory=dict)
+    """Everything else that was used: means, the bootstrap's settings and bound, counts."""
+
+
+class Approval(Frozen):
+    """What a person said about a candidate that passed the gate."""
+
+    granted: bool
+    """True to promote it, False to refuse it."""
+    by: str = Field(min_length=1)
+    """Who said so."""
+    reason: str = Field(min_length=1)
+    """Why."""
+    when: str
+    """When, in UTC, as in `2026-01-31T02:00:00Z`."""
+    decision: str
+    """Fingerprint of the decision that waited: no other one is meant."""
 
 
 class PromotionDecision(Artifact):
@@ -174,6 +208,10 @@ class PromotionDecision(Artifact):
 
     type: Literal["decision"] = "decision"
     promoted: bool
+    awaiting_approval: bool = False
+    """True if every check holds and a person has yet to agree."""
+    approval: Approval | None = None
+    """What a person said, where the gate asks for it."""
     registered_model: str
     version: str
     """Version in the registry."""
@@ -182,6 +220,15 @@ class PromotionDecision(Artifact):
     checks: tuple[GateCheck, ...]
     reasons: tuple[str, ...]
     """Why it was promoted or refused, one sentence each."""
+
+    @property
+    def outcome(self) -> str:
+        """One word or two: `promoted`, `awaiting approval`, or who refused it."""
+        if self.promoted:
+            return "promoted"
+        if self.awaiting_approval:
+            return "awaiting approval"
+        return f"refused by {self.approval.by}" if self.approval else "refused by the gate"
 
 
 AnyArtifact = Annotated[

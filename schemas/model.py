@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from schemas.base import Frozen
+
+_TRUSTED = re.compile(r"[\w.-]+(?:/[\w.-]+)?@[0-9a-f]{40}|sha256:[0-9a-f]{64}", re.ASCII)
+"""A hub model at a commit, or a folder by the digest of its Python files."""
 
 
 class BuiltModel(Frozen):
@@ -47,8 +51,9 @@ class ModelConfig(Frozen):
     """File name of a GGUF checkpoint inside the folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format in which parameters are trained and saved."""
-    trust_remote_code: bool = False
-    """Run code that the model's own folder or repository ships. Only for models you have read."""
+    trust_remote_code: tuple[str, ...] = ()
+    """Models whose own code may run, each pinned: `owner/name@COMMIT` for the hub, with all 40
+    digits of the commit, or `sha256:DIGEST` of a folder's Python files. Only after reading it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -58,8 +63,25 @@ class ModelConfig(Frozen):
                 "a model needs exactly one of built, path and hub; "
                 f"it has {', '.join(given) or 'none'}"
             )
+        for entry in self.trust_remote_code:
+            if not _TRUSTED.fullmatch(entry):
+                raise ValueError(
+                    f"trust_remote_code: {entry!r} does not pin the code: write owner/name@COMMIT "
+                    "with all 40 digits of the commit, or sha256:DIGEST for a folder"
+                )
+            name, _, commit = entry.partition("@")
+            if commit and name == self.hub and commit != self.revision:
+                raise ValueError(
+                    f"trust_remote_code lists {name} at commit {commit}, but model.revision is "
+                    f"{self.revision or 'not set'}: set it to the commit whose code you have read"
+                )
         return self
 
     def content(self) -> dict[str, Any]:
-        """What identifies the model's content, apart from the files behind `path`."""
-        return self.model_dump(mode="json", exclude={"path"})
+        """What identifies the model's content, apart from the files behind `path`.
+
+        The code that may run is among those files, or named by the hub's commit: what counts here
+        is only whether any may.
+        """
+        content = self.model_dump(mode="json", exclude={"path"})
+        return content | {"trust_remote_code": bool(self.trust_remote_code)}

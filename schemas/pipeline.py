@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from schemas.base import Frozen
 from schemas.data import DataConfig
-from schemas.evaluation import EvaluateConfig, GateConfig, RegistryConfig
+from schemas.evaluation import EvaluateConfig, GateConfig, RegistryConfig, check_gate
 from schemas.model import ModelConfig
 from schemas.rewards import RewardConfig
 from schemas.rl import RLConfig, RolloutConfig
@@ -146,6 +146,11 @@ class PipelineConfig(Frozen):
                 "sample_preferences.ranker outcome needs a reward model trained on "
                 "data.preferences: add both, or rank with the verifier"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_gate(self) -> Self:
+        check_gate(self.gate, self.evaluation, self.reward)
         return self
 
     @model_validator(mode="after")

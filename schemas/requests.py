@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, TypeAdapter
 
 from schemas.artifacts import (
+    Approval,
     DatasetArtifact,
     EvaluationReport,
     PolicyCheckpoint,
@@ -140,6 +141,7 @@ class CreditRequest(StageRequest):
 
 
 class EvaluateRequest(StageRequest):
+    VERSION: ClassVar[int] = 2
     stage: Literal["evaluate"] = "evaluate"
     seed: int
     config: EvaluateConfig
@@ -158,11 +160,18 @@ class EvaluateRequest(StageRequest):
 class PromoteRequest(StageRequest):
     """Judged in the flow, beside the registry; it has no child process."""
 
+    VERSION: ClassVar[int] = 2
     stage: Literal["promote"] = "promote"
     gate: GateConfig
     registry: RegistryConfig
     candidate: PolicyCheckpoint
     report: EvaluationReport
+    evaluation: DatasetArtifact
+    """Records of the evaluation, with the fields that slices are named by."""
+    training: tuple[DatasetArtifact, ...]
+    """Every split that a model of this run was trained on."""
+    approval: Approval | None = None
+    """What a person said to the decision on the rest of this request."""
 
 
 AnyRequest = Annotated[

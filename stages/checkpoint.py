@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 _KEPT = 2
 
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
+"""What reading files that somebody else may have written can raise."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -35,6 +39,17 @@ class Checkpoint:
     """JSON state: data cursor, KL controller, histories."""
     changed_code: tuple[str, ...] = ()
     """Files whose code is another one now than when it was written."""
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a checkpoint holds beside the models' tensors."""
+
+    step: int
+    extra: dict[str, Any]
+    code: dict[str, str]
+    optimizers: dict[str, dict[str, Any]]
+    rng: dict[str, Any]
 
 
 class Checkpoints:
@@ -103,14 +118,28 @@ class Checkpoints:
                     shutil.rmtree(folder)
         for folder in reversed(self._found()):
             heartbeat.beat(f"reading checkpoint {folder.name}")
-            problem = _damage(folder)
-            if problem:
-                logger.warning("checkpoint %s is damaged (%s); passing it over", folder, problem)
+            try:
+                _check_digests(folder)
+                state = self._read_state(folder)
+            except _DAMAGED as error:
+                logger.warning("checkpoint %s is damaged (%s); passing it over", folder, error)
                 continue
-            return self._load(folder)
+            return self._load(folder, state)
         return None
 
-    def _load(self, folder: Path) -> Checkpoint:
+    def _read_state(self, folder: Path) -> _State:
+        """Everything but the models' tensors. Nothing is changed yet: the reading may fail."""
+        state = json.loads((folder / "state.json").read_bytes())
+        step, extra, code = state["step"], state["extra"], state["code"]
+        if type(step) is not int or not isinstance(extra, dict) or not isinstance(code, dict):
+            raise ValueError("state.json holds no step, no state or no code")
+        for name in self._models:
+            with safe_open(folder / f"{name}.safetensors", "pt"):
+                pass
+        optimizers = {name: _read(folder / f"{name}.optimizer.pt") for name in self._optimizers}
+        return _State(step, extra, code, optimizers, _read(folder / "rng.pt"))
+
+    def _load(self, folder: Path, state: _State) -> Checkpoint:
         for name, model in self._models.items():
             missing, unexpected = model.load_state_dict(
                 load_file(folder / f"{name}.safetensors"), strict=False
@@ -120,11 +149,9 @@ class Checkpoints:
             stored = set(_unshared(model.state_dict()))
             assert not stored & set(missing), missing
         for name, optimizer in self._optimizers.items():
-            state = torch.load(folder / f"{name}.optimizer.pt", weights_only=True)
-            optimizer.load_state_dict(state)
-        _restore_rng(torch.load(folder / "rng.pt", weights_only=True))
-        state = json.loads((folder / "state.json").read_text())
-        return Checkpoint(folder, state["step"], state["extra"], tuple(changed_code(state["code"])))
+            optimizer.load_state_dict(state.optimizers[name])
+        _restore_rng(state.rng)
+        return Checkpoint(folder, state.step, state.extra, tuple(changed_code(state.code)))
 
     def _found(self) -> list[Path]:
         return sorted(self._folder.glob("step-*")) if self._folder.is_dir() else []
@@ -147,15 +174,29 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def _damage(folder: Path) -> str | None:
+def _check_digests(folder: Path) -> None:
+    """Raise `ValueError` unless the folder holds the files of its manifest, and nothing else."""
+    digests = json.loads((folder / "manifest.json").read_bytes())
+    names = {path.name for path in folder.iterdir()} - {"manifest.json"}
+    if not isinstance(digests, dict) or digests.keys() != names:
+        raise ValueError("manifest.json does not name the files that are there")
+    for name, expected in digests.items():
+        if file_digest(folder / name) != expected:
+            raise ValueError(f"{name} does not match its digest")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Tensors and numbers of a file of torch's. Anything else in it is refused, and never run."""
     try:
-        digests = json.loads((folder / "manifest.json").read_text())
-        for name, expected in digests.items():
-            if file_digest(folder / name) != expected:
-                return f"{name} does not match its digest"
-    except (OSError, ValueError, AttributeError) as error:
-        return str(error)
-    return None
+        state = torch.load(path, weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # the unpickler raises whatever the bytes make it stumble over
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path.name} cannot be read: {reason}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path.name} holds a {type(state).__name__}")
+    return state
 
 
 def _rng_state() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from schemas.artifacts import (
     PolicyCheckpoint,
 )
 from schemas.requests import EvaluateRequest
+from schemas.rewards import RewardConfig
 from stages.core.kl import kl_k1
 from stages.core.metrics import pass_at_k
 from stages.data.records import read_records
@@ -48,6 +49,13 @@ class Sampled:
     rewards: RewardBreakdown
     kl: Tensor
     """[_N], sequence KL to the SFT policy in nats."""
+    proxy: Tensor | None
+    """[_N], what the trained reward models gave; None where there is none."""
+
+    def components(self) -> dict[str, Tensor]:
+        """Unweighted components of the reward by name, and `proxy` where there is one, [_N]."""
+        proxy = {} if self.proxy is None else {"proxy": self.proxy}
+        return self.rewards.components | proxy
 
 
 def run(request: EvaluateRequest, *, run_dir: Path, tracker: Tracker) -> EvaluationReport:
@@ -98,7 +106,9 @@ def run(request: EvaluateRequest, *, run_dir: Path, tracker: Tracker) -> Evaluat
     content.mkdir(parents=True, exist_ok=True)
     _write_records(content / EVALUATION_RECORDS_FILE, sampled, prompts, tokenizer)
     metrics = {
-        f"{name}/{key}": value for name, own in scores.items() for key, value in _flat(own).items()
+        f"{name}/{key}": value
+        for name, own in scores.items()
+        for key, value in own.metrics().items()
     }
     tracker.log_metrics(metrics, 0)
     return EvaluationReport(
@@ -140,6 +150,7 @@ def _sample(
     finally:
         engine.close()
     rewards = rewarder(rollouts, [prompt.record for prompt in prompts])
+    proxy = _proxy(rewards, request.reward)
     sequences = Sequences(
         [rollout.prompt_ids for rollout in rollouts],
         [rollout.completion_ids for rollout in rollouts],
@@ -149,11 +160,12 @@ def _sample(
     temperature = sampling.temperature or 1.0
     logprobs = all_completion_logprobs(model, sequences, width, _MAX_TOKENS, temperature)
     if policy.sha256 == request.baseline.sha256:
-        return Sampled(rollouts, rewards, torch.zeros(len(rollouts)))
+        return Sampled(rollouts, rewards, torch.zeros(len(rollouts)), proxy)
     reference = load_policy(store.path(request.baseline), device).eval()
     use_precision(reference, request.rollout.precision)
     ref_logprobs = all_completion_logprobs(reference, sequences, width, _MAX_TOKENS, temperature)
-    return Sampled(rollouts, rewards, kl_k1(logprobs, ref_logprobs).sum(1).cpu())
+    kl = kl_k1(logprobs, ref_logprobs).sum(1).cpu()
+    return Sampled(rollouts, rewards, kl, proxy)
 
 
 def _scores(policy: PolicyCheckpoint, sampled: Sampled, request: EvaluateRequest) -> ModelScores:
@@ -175,16 +187,21 @@ def _scores(policy: PolicyCheckpoint, sampled: Sampled, request: EvaluateRequest
         kl=sampled.kl.mean().item(),
         length=sum(lengths) / len(lengths),
         truncated_fraction=sum(truncated) / len(truncated),
+        components={name: own.mean().item() for name, own in sampled.components().items()},
     )
 
 
-def _flat(scores: ModelScores) -> dict[str, float]:
-    return scores.pass_at | {
-        "reward": scores.reward,
-        "kl": scores.kl,
-        "length": scores.length,
-        "truncated_fraction": scores.truncated_fraction,
-    }
+def _proxy(rewards: RewardBreakdown, reward: RewardConfig) -> Tensor | None:
+    """What the trained reward models gave, weighted as in training, [_N]; None without any.
+
+    The composed reward would not do: it holds the verifier, which is the gold standard.
+    """
+    parts = [
+        section.weight * rewards.components[name]
+        for name, section in (("outcome", reward.outcome), ("process", reward.process))
+        if section is not None
+    ]
+    return torch.stack(parts).sum(0) if parts else None
 
 
 def _write_records(
@@ -199,6 +216,7 @@ def _write_records(
 
     rows: list[dict[str, object]] = []
     for name, own in sampled.items():
+        components = own.components()
         for index, rollout in enumerate(own.rollouts):
             rows.append(
                 {
@@ -207,6 +225,7 @@ def _write_records(
                     "completion": completion_text(tokenizer, rollout.completion_ids),
                     "correct": bool(own.rewards.components["verifier"][index] == 1.0),
                     "reward": own.rewards.total[index].item(),
+                    **{key: value[index].item() for key, value in components.items()},
                     "kl": own.kl[index].item(),
                     "length": len(rollout.completion_ids),
                     "truncated": rollout.truncated,

@@ -11,7 +11,10 @@ import sys
 import traceback
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from infra.launch import die_with_parent, write_result
+from infra.redaction import redact_process
 from infra.store import Store
 from infra.tracking import FileTracker, Tracker
 from schemas.artifacts import AnyArtifact
@@ -36,11 +39,16 @@ _TRANSIENT = (OSError, MemoryError, TimeoutError)
 def main() -> int:
     """Exit code 0 for a finished stage, 2 for a user's error, 75 when asked to stop, else 1."""
     die_with_parent()
+    redact_process()
     work_dir = Path(sys.argv[1])
     heartbeat.install(work_dir)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    request = request_adapter.validate_json((work_dir / "request.json").read_bytes())
+    try:
+        request = read_request(work_dir / "request.json")
+    except UserError as error:
+        write_result(work_dir, "user_error", str(error))
+        return 2
     if request.stage in _WITH_CHECKPOINTS:
         termination.install()
     tracker = FileTracker(work_dir / "metrics.jsonl")
@@ -61,6 +69,18 @@ def main() -> int:
         return 1
     write_result(work_dir, "done", resumed_from_step=tracker.resumed_from_step)
     return 0
+
+
+def read_request(path: Path) -> AnyRequest:
+    """The request that the flow has written. Raises `UserError` for anything else."""
+    try:
+        return request_adapter.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        raise UserError(
+            f"{path} is no request of this version ({reason}): run the same command again"
+        ) from error
 
 
 def run_stage(request: AnyRequest, *, run_dir: Path, tracker: Tracker) -> AnyArtifact:

@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,6 +28,13 @@ from schemas.base import UserError
 from schemas.model import BuiltModel, ModelConfig
 from stages import heartbeat
 from stages.character_tokenizer import build_character_tokenizer
+from stages.model_files import (
+    check_code_is_own,
+    check_weight_files,
+    code_remedy,
+    may_run_code,
+    safetensors_remedy,
+)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,25 +44,30 @@ _UNSUPPORTED_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def load_base(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model and its tokenizer. Raises UserError where either cannot be had."""
+    """The base model and its tokenizer. Raises UserError where either cannot be had.
+
+    Code that the model ships runs only if `config.trust_remote_code` lists it; weights are read
+    from safetensors or GGUF, never from pickles.
+    """
     if config.built is not None:
         return _build(config.built, seed)
     source, options = _locate(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model {source}: no tokenizer could be loaded ({error}); "
-            "put tokenizer.json and tokenizer_config.json into the folder"
-        ) from error
+        remedy = "put tokenizer.json and tokenizer_config.json into the folder"
+        raise _not_loaded(config, error, "no tokenizer could be loaded", remedy) from error
+    weights = {} if config.gguf_file is not None else {"use_safetensors": True}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_DTYPES[config.dtype], attn_implementation="sdpa", **options
+            source, dtype=_DTYPES[config.dtype], attn_implementation="sdpa", **options, **weights
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model {source}: could not be loaded ({error})") from error
+        raise _not_loaded(config, error, "could not be loaded") from error
     if config.gguf_file is not None:
         model = _plain_copy(model)
+    for loaded in (tokenizer, model):
+        _check_opens_without_code(source, loaded)
     _check_head(model)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {source}: its tokenizer has no end-of-sequence token; set one")
@@ -106,7 +119,7 @@ def head_of(model: nn.Module) -> nn.Linear:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of an artifact's folder."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True
+        folder, local_files_only=True, trust_remote_code=False
     )
     assert tokenizer.pad_token_id is not None
     return tokenizer
@@ -210,11 +223,17 @@ def _build(config: BuiltModel, seed: int) -> tuple[PreTrainedModel, PreTrainedTo
 
 
 def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {}
     if config.gguf_file is not None:
         options["gguf_file"] = config.gguf_file
     if config.hub is not None:
-        return config.hub, options | {"revision": config.revision}
+        trusted = may_run_code(config, None)
+        options |= {"revision": config.revision, "trust_remote_code": trusted}
+        if trusted:
+            # Code of the model's own repository, at the commit that was read.
+            options["code_revision"] = config.revision
+            _check_hub_code(config.hub, config.revision)
+        return config.hub, options
     assert config.path is not None
     folder = Path(config.path)
     if not folder.is_dir():
@@ -223,7 +242,39 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         raise UserError(f"model.path {folder}: no config.json; it must be a Hugging Face folder")
     if config.gguf_file is not None and not (folder / config.gguf_file).is_file():
         raise UserError(f"model.gguf_file {config.gguf_file}: not in {folder}")
-    return str(folder), options | {"local_files_only": True}
+    check_weight_files(config, folder)
+    trusted = may_run_code(config, folder)
+    return str(folder), options | {"local_files_only": True, "trust_remote_code": trusted}
+
+
+def _check_hub_code(name: str, revision: str | None) -> None:
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    except OSError:
+        return  # the loader says what is wrong
+    check_code_is_own(f"model.hub {name}", content)
+
+
+def _not_loaded(config: ModelConfig, error: Exception, what: str, remedy: str = "") -> UserError:
+    """The loader's error in our words, with what to do about it."""
+    source = config.hub or config.path
+    text = str(error)
+    if "trust_remote_code" in text:
+        return UserError(f"model {source}: {code_remedy(config)}")
+    if config.gguf_file is None and "safetensors" in text:
+        return UserError(f"model {source}: {safetensors_remedy(str(source))}")
+    return UserError(f"model {source}: {what} ({text})" + (f"; {remedy}" if remedy else ""))
+
+
+def _check_opens_without_code(source: str, loaded: object) -> None:
+    """Later stages open what this one saves, and never with code that came with a model."""
+    kind = type(loaded)
+    if not kind.__module__.startswith("transformers."):
+        raise UserError(
+            f"model {source}: its own code gives a {kind.__name__}, which transformers does not "
+            "have; the stages after SFT load without remote code and could not open it: use a "
+            "model whose architecture and tokenizer are part of transformers"
+        )
 
 
 def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -250,7 +301,9 @@ def _check_head(model: PreTrainedModel) -> None:
 
 def _load(cls: Any, folder: Path, **options: Any) -> PreTrainedModel:
     heartbeat.beat(f"loading the model in {folder}")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    config = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, **options
+    )
     # A new head is what we ask for; the loader's report of it would alarm the reader of the log.
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
@@ -260,6 +313,7 @@ def _load(cls: Any, folder: Path, **options: Any) -> PreTrainedModel:
             folder,
             config=config,
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             attn_implementation="sdpa",
         )

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from schemas.base import UserError
+from stages.rewards import safe_evaluation
 
 Scorer = Callable[[str, str], float]
 
@@ -38,6 +39,7 @@ def make_scorer(name: str, arguments: dict[str, Any], seconds: float) -> Scorer:
 def _math_verify(seconds: float, max_characters: int) -> Scorer:
     from math_verify import parse, verify
 
+    safe_evaluation.restrict()
     # Its own limits leave time for a second comparison when one takes too long; they cannot stop
     # arithmetic on huge integers, which the limit of the process does.
     limit = max(1, math.floor(seconds / 2))
@@ -67,6 +69,7 @@ def _reasoning_gym(name: str, arguments: dict[str, Any]) -> Scorer:
     from reasoning_gym.factory import DATASETS
     from reasoning_gym.utils import extract_answer
 
+    safe_evaluation.restrict()
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

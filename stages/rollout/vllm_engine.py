@@ -26,6 +26,8 @@ _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
+    # Its parallel group, though of one process, meets at this address.
+    "VLLM_HOST_IP": "127.0.0.1",
 }
 
 # vLLM takes all the memory that it is not told to leave, and the trainer needs the rest.
@@ -51,11 +53,15 @@ class VLLMEngine:
     ) -> None:
         heartbeat.beat("starting vLLM")
         vllm = _import_vllm()
-        config = AutoConfig.from_pretrained(model_folder)
+        config = AutoConfig.from_pretrained(
+            model_folder, local_files_only=True, trust_remote_code=False
+        )
         size, self._context = _cache_room(config, max_batch_size)
         self._sampling_params = vllm.SamplingParams
         self._llm = vllm.LLM(
             model=str(model_folder),
+            trust_remote_code=False,
+            load_format="safetensors",
             # "auto" would turn float32 into a format of 16 bits.
             dtype=_dtype(config),
             skip_tokenizer_init=True,

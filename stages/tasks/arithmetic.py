@@ -68,10 +68,11 @@ class StepLabels(TypedDict):
 
 
 class Problem(TypedDict):
-    """A prompt and its true answer."""
+    """A prompt, its true answer, and how many terms it has."""
 
     prompt: str
     answer: str
+    num_terms: int
 
 
 def demonstrations(
@@ -166,7 +167,7 @@ def problems(
     max_operand: int = 9,
     digest_range: tuple[float, float] = (0.8, 1.0),
 ) -> Iterator[Problem]:
-    """Yield ``count`` distinct problems with their true answers.
+    """Yield ``count`` distinct problems with their true answers, and how many terms they have.
 
     Raises `ValueError` where the digest range does not hold that many.
     """
@@ -174,7 +175,8 @@ def problems(
     for prompt in _prompts(
         rng, count, min_terms, max_terms, max_operand, digest_range, repeat=False
     ):
-        yield {"prompt": prompt, "answer": str(_answer(prompt))}
+        num_terms = 1 + sum(prompt.count(sign) for sign in "+-")
+        yield {"prompt": prompt, "answer": str(_answer(prompt)), "num_terms": num_terms}
 
 
 def verify(completion: str, answer: str) -> float:

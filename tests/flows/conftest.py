@@ -35,6 +35,7 @@ from schemas.requests import (
     CreditRequest,
     EvaluateRequest,
     PrepareDataRequest,
+    PromoteRequest,
     StageRequest,
     TrainProcessRewardModelRequest,
     TrainRewardModelRequest,
@@ -61,6 +62,8 @@ class FakeStages:
         """Errors that a stage raises, one a call, before it works."""
         self.pass_at_1 = {"candidate": 0.8, "baseline": 0.5}
         self.before: Callable[[StageRequest], None] = lambda request: None
+        self.extra: dict[str, Any] = {}
+        """Further fields of every record."""
 
     @property
     def names(self) -> list[str]:
@@ -90,6 +93,11 @@ class FakeStages:
         content = store.work_dir(request.fingerprint) / "content"
         content.mkdir(exist_ok=True)
         (content / "made_by.json").write_text(json.dumps({"fingerprint": request.fingerprint}))
+        if isinstance(request, PrepareDataRequest):
+            rows = "".join(json.dumps(record) + "\n" for record in self.records(request.split))
+            (content / "records.jsonl").write_text(rows)
+        if isinstance(request, EvaluateRequest):
+            self._write_samples(content / "records.parquet")
         artifact = self._artifact(
             request,
             uri=store.content_uri(request.fingerprint),
@@ -101,6 +109,36 @@ class FakeStages:
         )
         store.publish(request.fingerprint, artifact)
         return artifact
+
+    def records(self, split: str) -> list[dict[str, Any]]:
+        """Four records, which no two splits share."""
+        return [
+            {
+                "id": f"r{n}",
+                "prompt": f"{split} {n}",
+                "answer": "1",
+                "completion": "1",
+                **self.extra,
+            }
+            for n in range(4)
+        ]
+
+    def _write_samples(self, path: Path) -> None:
+        """One sample a record; the candidate's are right, and nobody else's."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = [
+            {
+                "model": model,
+                "record": record["id"],
+                "correct": model == "candidate",
+                "reward": float(model == "candidate"),
+            }
+            for model in ("candidate", "baseline", "incumbent")
+            for record in self.records("evaluation")
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), path)
 
     def _artifact(self, request: StageRequest, **base: Any) -> Artifact:
         match request:
@@ -183,7 +221,8 @@ def _name(request: StageRequest) -> str:
     return f"{stage}:{request.split}" if isinstance(request, PrepareDataRequest) else stage
 
 
-def _decide(report: EvaluationReport, gate: Any, records: Path) -> tuple[GateCheck, ...]:
+def _decide(request: PromoteRequest, store: Store) -> tuple[GateCheck, ...]:
+    report, gate = request.report, request.gate
     gain = report.candidate.pass_at["pass@1"] - report.incumbent.pass_at["pass@1"]
     return (
         GateCheck(

@@ -29,7 +29,14 @@ RUN_KEYS = {
 }
 STAGE_KEYS = {"name", "status", "seconds", "peak_memory_bytes", "fingerprint", "artifact"}
 SCORE_KEYS = {"pass@1", "num_records", "kl", "length", "truncated_fraction"}
-DECISION_KEYS = {"promoted", "registered_model", "version", "aliases", "reasons"}
+DECISION_KEYS = {
+    "promoted",
+    "awaiting_approval",
+    "registered_model",
+    "version",
+    "aliases",
+    "reasons",
+}
 
 
 def invoke(home: Home, *arguments: object) -> Result:
@@ -179,6 +186,100 @@ class TestRun:
         unknown = invoke(home, "promote", "files", "77", "--reason", "x")
         assert unknown.exit_code == 2
         assert "has no version 77" in unknown.stderr
+
+    def test_a_decision_is_explained(self, home: Home, stages: Any, files_recipe: Path) -> None:
+        run = json.loads(invoke(home, "run", files_recipe, "--json").stdout)["run"]
+        found = json.loads(invoke(home, "promote", "files", "--explain", "--json").stdout)
+        for target in (run, "latest", "files@champion", "files@1", "files/1"):
+            again = invoke(home, "promote", target, "--explain", "--json")
+            assert json.loads(again.stdout) == found, target
+        assert (found["outcome"], found["aliases"]) == ("promoted", ["challenger", "champion"])
+        assert found["gate"]["num_resamples"] == 2000
+        (check,) = found["checks"]
+        assert (check["rule"], check["passed"]) == ("min_improvement", True)
+        assert check["observed"] == pytest.approx(0.3)
+        assert found["candidate"]["pass_at"] == {"pass@1": 0.8}
+        shown = invoke(home, "promote", "files", "--explain").stdout
+        for words in (
+            "files version 1 @challenger @champion: promoted",
+            "min_improvement",
+            "0.3000",
+            "pass@1 moved by +0.30",
+            "truncated_fraction",
+        ):
+            assert words in shown, words
+        for target, words in (("nobody", "no registered model nobody"), ("files@9", "no version")):
+            unknown = invoke(home, "promote", target, "--explain")
+            assert unknown.exit_code == 2
+            assert words in unknown.stderr
+
+        stages.script["train_sft"] = [StageFailed("fell over", 1, None, False)]
+        invoke(home, "run", files_recipe, "--set", "seed=1")
+        failed = invoke(home, "promote", "latest", "--explain")
+        assert failed.exit_code == 2
+        assert "came to no decision: it is failed" in failed.stderr
+
+        home.store.quarantine(found["decision"])
+        lost = invoke(home, "promote", "files", "--explain")
+        assert lost.exit_code == 2
+        assert "does not hold the decision on model files version 1" in lost.stderr
+
+    def test_a_run_that_waits_for_a_person(
+        self, home: Home, stages: Any, files_recipe: Path
+    ) -> None:
+        arguments = ("run", files_recipe, "--set", "gate.approval=true")
+        document = json.loads(invoke(home, *arguments, "--json").stdout)
+        decision = document["decision"]
+        assert (decision["promoted"], decision["awaiting_approval"]) == (False, True)
+        assert decision["aliases"] == ["challenger"]
+        assert "posttrain promote files@1 --approve --reason WHY" in decision["reasons"][-1]
+        (line,) = json.loads(invoke(home, "runs", "--json").stdout)
+        assert (line["status"], line["outcome"]) == ("finished", "awaiting approval")
+        again = invoke(home, *arguments)
+        assert "Nothing to do" in again.stdout
+        assert "awaiting approval: files version 1 (@challenger)" in again.stdout
+        assert "awaiting approval" in invoke(home, "promote", "files@1", "--explain").stdout
+
+        missing = invoke(home, "promote", "files@1", "--approve")
+        assert missing.exit_code == 2
+        assert "--reason is needed" in missing.stderr
+        unnamed = invoke(home, "promote", "files", "--approve", "--reason", "fine")
+        assert unnamed.exit_code == 2
+        assert "name a version of files: files@VERSION" in unnamed.stderr
+
+        by = ("--by", "ada", "--reason", "read them")
+        done = invoke(home, "promote", "files@1", "--approve", *by)
+        assert done.exit_code == 0, done.output
+        assert "files version 1: promoted @challenger @champion" in done.stdout
+        stages.requests.clear()
+        after = json.loads(invoke(home, *arguments, "--json").stdout)
+        assert stages.requests == []
+        assert after["decision"]["promoted"] is True
+        assert after["decision"]["aliases"] == ["challenger", "champion"]
+        assert after["decision"]["reasons"][-1] == "approved by ada: read them"
+        shown = invoke(home, "promote", "files", "--explain").stdout
+        assert "approved by ada at 2" in shown
+        tree = invoke(home, "lineage", "files").stdout
+        assert "approved by ada at 2" in tree
+        rejected = invoke(home, "promote", "files@1", "--reject", "--reason", "no")
+        assert rejected.exit_code == 2
+        assert "not awaiting approval: approved by ada" in rejected.stderr
+
+    def test_a_changed_model_is_refused_in_one_message(
+        self, home: Home, stages: Any, files_recipe: Path
+    ) -> None:
+        invoke(home, "run", files_recipe)
+        stages.pass_at_1 = {"candidate": 0.9, "baseline": 0.8}
+        invoke(home, "run", files_recipe, "--set", "seed=1")
+        for path in (home.mlflow_folder / "artifacts").rglob("made_by.json"):
+            path.write_bytes(path.read_bytes()[:-1] + b"!")
+        before = invoke(home, "models").stdout
+        for command in (("rollback", "files"), ("promote", "files@1")):
+            refused = invoke(home, *command, "--reason", "x")
+            assert refused.exit_code == 1
+            (message,) = refused.stderr.splitlines()
+            assert message.startswith("error: model files version 1 is not the content")
+        assert invoke(home, "models").stdout == before
 
     def test_failures_and_users_errors(self, home: Home, stages: Any, files_recipe: Path) -> None:
         stages.script["train_sft"] = [StageFailed("train_sft fell over", 1, None, False)]

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.states import Pending
 from typer.testing import CliRunner
 
+from flows.archive import Archive
 from flows.cli import app
 from flows.deploy import build_deployment, deploy
 from flows.local_server import _free_port
@@ -27,6 +29,7 @@ from infra.environment import Home, quiet_environment
 from schemas.base import UserError
 
 REPOSITORY = Path(__file__).parents[2]
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 GENERATOR = """
 import os, pathlib, signal
 
@@ -256,3 +259,90 @@ def test_a_schedule_fires_on_a_process_worker(
 
     paused = server.run(*main, "--name", "done", "--pause", "--home", str(home.root), cwd=tmp_path)
     assert "posttrain/done is paused" in paused.stdout, paused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tracked_home")
+def test_a_run_is_suspended_until_somebody_approves(
+    home: Home, walk: Callable[[Any], Any], files_recipe: Path, tmp_path: Path, server: Server
+) -> None:
+    config = load_recipe(str(files_recipe), ["gate.approval=true"])
+    walk(config)  # everything but the promotion has been done before
+    main = ["-c", "from flows.cli import main; main()", "deploy", str(files_recipe)]
+    shared = ["--set", "gate.approval=true", "--cron", "0 2 1 1 *", "--home", str(home.root)]
+    deployed = server.run(*main, *shared, "--work-pool", "day", "--name", "asks", cwd=tmp_path)
+    assert deployed.returncode == 0, deployed.stderr
+    (deployment,) = server.ask("deployments/filter", deployments={"name": {"any_": ["asks"]}})
+
+    def start() -> str:
+        run = server.ask(f"deployments/{deployment['id']}/create_flow_run", state=None)
+        return str(run["id"])
+
+    def state(run: str) -> dict[str, Any]:
+        (found,) = server.ask("flow_runs/filter", flow_runs={"id": {"any_": [run]}})
+        return dict(found["state"])
+
+    log = tmp_path / "worker.log"
+    command = ["-m", "prefect", "worker", "start", "--pool", "day", "--type", "process"]
+    with log.open("wb") as output:
+        worker = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=server.environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        first = start()
+        wait_for(lambda: state(first)["type"] in ("PAUSED", "FAILED", "CRASHED"), 180, log)
+        assert (state(first)["type"], state(first)["name"]) == ("PAUSED", "Suspended"), state(first)
+        registry = Archive(home, "files").registry
+        version = registry.version("files", "1")
+        assert version.aliases == ("challenger",)
+        # Its process has ended: the worker waits for nothing.
+        wait_for(lambda: not _flow_processes(worker.pid), 60, log)
+
+        # It holds no slot: another run of the deployment starts, and finds nothing new to do.
+        second = start()
+        wait_for(lambda: state(second)["type"] in ENDED, 180, log)
+        assert state(second)["name"] == "NothingNew"
+        assert "(awaiting approval)" in state(second)["message"]
+
+        answer = {"approve": True, "name": "ada", "reason": "I read 20 answers"}
+        without = {name: answer[name] for name in ("approve", "name")}
+        refused = server.ask(f"flow_runs/{first}/resume", run_input=without)
+        assert refused["status"] == "REJECT"
+        assert "reason" in refused["details"]["reason"]
+        accepted = server.ask(f"flow_runs/{first}/resume", run_input=answer)
+        assert accepted["status"] == "ACCEPT"
+        wait_for(lambda: state(first)["type"] in ENDED, 180, log)
+    finally:
+        _end(worker)
+
+    assert state(first)["name"] == "Approved", state(first)["message"]
+    assert state(first)["message"] == "files version 1: promoted"
+    version = registry.version("files", "1")
+    assert version.aliases == ("challenger", "champion")
+    said = json.loads(version.tags["posttrain.approval"])
+    assert (said["by"], said["reason"]) == ("ada", "I read 20 answers")
+    # Nothing was done twice: the stages' tasks ran once, and all but one had been done before.
+    tasks = server.ask("task_runs/filter", flow_runs={"id": {"any_": [first]}})
+    states = {task["name"]: (task["state_name"], task["run_count"]) for task in tasks}
+    assert states.pop("promote") == ("Completed", 1)
+    assert set(states.values()) == {("Cached", 1)}
+    found = wait_for(lambda: _told(server, 2), 60, tmp_path / "server.log")
+    assert found == ["posttrain.model.awaiting_approval", "posttrain.model.promoted"]
+
+
+def _flow_processes(pid: int) -> list[psutil.Process]:
+    """The worker's children that execute a flow run."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [one for one in children if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def _told(server: Server, number: int) -> list[str] | None:
+    """Names of the events about models, once there are so many."""
+    ours = {"event": {"prefix": ["posttrain.model."]}, "order": "ASC"}
+    events = [one["event"] for one in server.ask("events/filter", filter=ours)["events"]]
+    return events if len(events) >= number else None

@@ -51,6 +51,17 @@ def test_decisions_are_told_once_and_shown(
     assert "MLflow run `" in refused
 
 
+def test_a_decision_that_waits_is_told(
+    home: Home, stages: Any, files_recipe: Path, emitted: list[Any]
+) -> None:
+    config = load_recipe(str(files_recipe), ["gate.approval=true", "name=waits"])
+    post_train(config, home=str(home.root))
+    assert [event for event, *_ in emitted] == ["posttrain.model.awaiting_approval"]
+    with get_client(sync_client=True) as client:
+        (page,) = [str(one.data) for one in client.read_artifacts() if one.key == "posttrain-waits"]
+    assert page.startswith("# files version 1: awaiting approval")
+
+
 def test_a_stage_is_told_when_it_is_given_up(
     home: Home, stages: Any, files_recipe: Path, emitted: list[Any]
 ) -> None:

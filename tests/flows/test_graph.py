@@ -10,10 +10,10 @@ import pytest
 from flows.graph import build_graph
 from flows.recipes import load_recipe
 from infra.environment import Home
-from schemas.artifacts import PolicyCheckpoint
+from schemas.artifacts import Approval, PolicyCheckpoint
 from schemas.base import UserError
 from schemas.pipeline import PipelineConfig
-from schemas.requests import StageRequest, TrainRLRequest
+from schemas.requests import PromoteRequest, StageRequest, TrainRLRequest
 
 Walk = Callable[[PipelineConfig], list[StageRequest]]
 
@@ -68,7 +68,12 @@ def test_only_splits_that_a_stage_reads_are_prepared(home: Home, files_recipe: P
     assert "credit" not in dpo
     assert "prepare_data:prompts" not in dpo
     assert "prepare_data:preferences" in dpo
-    bare = ["reward_model=", "process_reward_model=", "reward.process="]
+    bare = [
+        "reward_model=",
+        "process_reward_model=",
+        "reward.process=",
+        "gate.reward_hacking=",
+    ]
     assert names(load_recipe("quickstart", bare), home)[:4] == [
         "prepare_data:evaluation",
         "prepare_data:demonstrations",
@@ -157,6 +162,51 @@ def test_the_gate_changes_the_decision_only(walk: Walk) -> None:
     before = _fingerprints(walk, "quickstart")
     after = _fingerprints(walk, "quickstart", "gate.min_improvement=0.5")
     assert changed(before, after) == {"promote"}
+
+
+def test_the_gate_sees_everything_that_was_trained_on(walk: Walk) -> None:
+    promote = walk(load_recipe("quickstart"))[-1]
+    assert isinstance(promote, PromoteRequest)
+    assert promote.evaluation.split == "evaluation"
+    # Prepared for SFT, RL, the reward models; and the pairs that the policy gave, which are
+    # preferences too.
+    assert [one.split for one in promote.training] == [
+        "demonstrations",
+        "prompts",
+        "preferences",
+        "step_labels",
+        "preferences",
+    ]
+
+
+def test_an_approval_is_asked_for_only_where_the_gate_wants_one(
+    walk: Walk, home: Home, stages: Any, files_recipe: Path
+) -> None:
+    asked: list[PromoteRequest] = []
+
+    def said(request: PromoteRequest) -> Approval:
+        asked.append(request)
+        return Approval(granted=True, by="ada", reason="fine", when="now", decision="d")
+
+    for override, number in ((["gate.approval=false"], 0), (["gate.approval=true"], 1)):
+        config = load_recipe(str(files_recipe), override)
+        without = walk(config)[-1]
+        artifacts = {
+            node.name: home.store.find(request.fingerprint)
+            for node, request in zip(
+                build_graph(config, store=home.store.root, find_incumbent=_nobody),
+                walk(config),
+                strict=True,
+            )
+            if node.stage != "promote"
+        }
+        nodes = build_graph(
+            config, store=home.store.root, find_incumbent=_nobody, find_approval=said
+        )
+        request = nodes[-1].build(artifacts)  # type: ignore[arg-type]
+        assert len(asked) == number
+        assert (request.fingerprint == without.fingerprint) is (number == 0)
+    assert asked[0].approval is None
 
 
 def test_dpo_gets_pairs_and_nothing_to_sample_with(walk: Walk) -> None:

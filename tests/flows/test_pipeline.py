@@ -15,6 +15,7 @@ from infra.environment import Home
 from infra.launch import StageFailed
 from schemas.artifacts import PolicyCheckpoint
 from schemas.base import UserError
+from schemas.evaluation import GateConfig
 from schemas.pipeline import PipelineConfig
 from schemas.requests import EvaluateRequest
 
@@ -168,6 +169,21 @@ class TestFlow:
         statuses = {row["name"]: row["status"] for row in document["stages"]}
         assert statuses.pop("promote") == "ran"
         assert set(statuses.values()) == {"reused"}
+
+    def test_a_field_that_slices_need_is_missed_before_any_training(
+        self, home: Home, stages: Any, config: PipelineConfig
+    ) -> None:
+        rule = {"field": "level", "min_records": 2, "max_regression": 0.1}
+        gate = GateConfig.model_validate({"slices": [rule]})
+        config = config.model_copy(update={"gate": gate})
+        stages.extra = {"metadata": {"levels": 3}}
+        with pytest.raises(UserError, match=r"gate\.slices\.0\.field level: 4 of the 4 records"):
+            post_train(config, home=str(home.root))
+        assert stages.names == ["prepare_data:evaluation"]
+        # The data are mended: another file, so another fingerprint.
+        stages.extra = {"metadata": {"level": 3}}
+        home.store.quarantine(stages.requests[0].fingerprint)
+        assert post_train(config, home=str(home.root))["decision"]["promoted"] is True
 
     def test_the_record_of_a_run(self, home: Home, stages: Any, config: PipelineConfig) -> None:
         document = post_train(config, home=str(home.root))

@@ -40,7 +40,7 @@ def test_at_first_everything_runs(home: Home, files_recipe: Path) -> None:
     assert first.fingerprint is not None
     assert first.reason == "not done before"
     assert promote.fingerprint is None
-    assert promote.reason == "after train_rl, evaluate"
+    assert promote.reason == "after train_rl, evaluate, prepare_data:evaluation and 2 more"
 
 
 def test_a_plan_changes_nothing(home: Home, files_recipe: Path) -> None:

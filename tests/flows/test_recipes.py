@@ -59,6 +59,17 @@ def test_a_name_wins_over_a_file_of_that_name(
         ("rl.grpo=", "section rl.grpo is missing; add it"),
         ("sft.max_length=4000", "sft.max_length is 4000, but the model's context holds"),
         ("process_reward_model=", "reward.process needs a process reward model"),
+        (
+            "gate.limits=[{metric: pass@8, max: 1}]",
+            "gate.limits.0.metric: the evaluation reports no metric pass@8; did you mean pass@4? "
+            "It reports pass@1, pass@4, reward, kl, length, truncated_fraction, verifier, process, "
+            "proxy",
+        ),
+        (
+            "gate.limits=[{metric: kl, maxx: 1}]",
+            "unknown field gate.limits.0.maxx; did you mean max?",
+        ),
+        ("gate.slices=[{field: level, min_primary: x}]", "min_primary must be a number, not 'x'"),
         ("seed.a=1", "--set seed.a=1: seed is 0, it has no field a"),
         ("seed", "--set seed: write it as --set section.field=value"),
         (".a=1", "--set .a=1: write it as"),
@@ -147,8 +158,42 @@ def test_a_recipe_that_does_not_exist(tmp_path: Path) -> None:
         load_recipe(str(tmp_path))
 
 
+def test_a_rule_across_sections_names_its_line(files_recipe: Path) -> None:
+    text = files_recipe.read_text() + "gate:\n  limits:\n  - metric: lenght\n    max: 9\n"
+    files_recipe.write_text(text)
+    number = text.splitlines().index("  - metric: lenght") + 1
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(files_recipe))
+    assert str(caught.value) == (
+        f"{files_recipe}:{number}: gate.limits.0.metric: the evaluation reports no metric lenght; "
+        "did you mean length? It reports pass@1, reward, kl, length, truncated_fraction, verifier"
+    )
+
+
 def test_numbers_and_texts_are_read_as_people_write_them(files_recipe: Path) -> None:
     overrides = ["sft.optimizer.learning_rate=1e-3", "description=2026-11-24"]
     config = load_recipe(str(files_recipe), overrides)
     assert config.sft.optimizer.learning_rate == 0.001
     assert config.description == "2026-11-24"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "[" * 50_000, "nested more than 40 levels deep"),
+        ("- " * 50_000 + "a", "nested more than 40 levels deep"),
+        ("name: &a [*a]", "an alias holds itself"),
+        (
+            "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+            + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)),
+            "stands for more than 100000 values",
+        ),
+    ],
+)
+def test_a_small_file_that_would_take_for_ever_is_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(str(path))

@@ -130,14 +130,49 @@ def test_load_function(folder: Path) -> None:
     assert load_function("loaded_one:verify")("a", "a") == 1.0
     with pytest.raises(UserError, match="LIMIT is a int, not a function"):
         load_function("loaded_one:LIMIT")
-    with pytest.raises(UserError, match="has no verfy; did you mean verify"):
+    with pytest.raises(UserError, match="defines no verfy; did you mean verify"):
         load_function("loaded_one:verfy")
 
 
 def test_a_module_that_raises_is_the_users(folder: Path) -> None:
-    (folder / "broken_one.py").write_text("1 / 0\n")
+    (folder / "broken_one.py").write_text(PLAIN + "1 / 0\n")
     with pytest.raises(UserError, match="importing broken_one raised ZeroDivisionError"):
         load_function("broken_one:verify")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "os:system",  # not os's own, but star-imported into it
+        "builtins:eval",
+        "posix:system",
+        "mine:__class__",
+        "mine:__builtins__",
+        "mine.__init__:verify",
+        "__main__:verify",
+        "../mine:verify",
+        "/tmp/mine:verify",
+        "mine.:verify",
+        ".mine:verify",
+        "mine:verify.__globals__",
+        "mine:verify:verify",
+        "mine\0:verify",
+        "mine :verify",
+        ":",
+        "",
+        "os.path;import evil:verify",
+    ],
+)
+def test_a_path_that_names_no_function_of_the_user_is_refused_before_any_import(
+    folder: Path, path: str
+) -> None:
+    (folder / "mine.py").write_text(PLAIN)
+    before = set(sys.modules)
+    for read in (source_digest, load_function):
+        with pytest.raises(UserError) as caught:
+            read(path)
+        assert len(str(caught.value).splitlines()) == 1
+    assert "mine" not in set(sys.modules) - before
 
 
 def test_file_digest(tmp_path: Path) -> None:

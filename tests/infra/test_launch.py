@@ -382,3 +382,10 @@ def test_a_child_whose_parent_is_gone_already_ends_itself() -> None:
     )
     assert ended.returncode == -signal.SIGKILL
     assert not ended.stdout
+
+
+def test_a_message_that_no_file_can_hold_is_written_as_escapes(store: Store) -> None:
+    work = store.work_dir(FINGERPRINT)
+    write_result(work, "failed", "bad \ud800 text")
+    found = launch._read_result(work)
+    assert found is not None and found.message == "bad \\ud800 text"

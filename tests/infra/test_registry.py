@@ -246,20 +246,178 @@ def test_download_by_alias_and_by_version(
         registry.download(name, "staging", tmp_path / "c")
 
 
-def test_a_registered_model_that_was_changed_is_refused(
-    home: Home, registry: Registry, register: Register, name: str, tmp_path: Path
-) -> None:
-    register("changed afterwards")
+def flip(home: Home, text: str) -> None:
+    """Flip a bit of the registered file that holds a text."""
     uploaded = [
         path
         for path in (home.mlflow_folder / "artifacts").rglob("config.json")
-        if path.read_text() == "changed afterwards"
+        if path.read_bytes() == text.encode()
     ]
     assert len(uploaded) == 1
-    uploaded[0].write_text("changed")
+    content = bytearray(uploaded[0].read_bytes())
+    content[0] ^= 1
+    uploaded[0].write_bytes(bytes(content))
+
+
+def test_a_registered_model_that_was_changed_is_refused(
+    home: Home, registry: Registry, register: Register, name: str, tmp_path: Path
+) -> None:
+    registry.promote(name, register("changed afterwards"))
+    second = register("changed before promotion")
+    registry.verify(name, "1")
+    flip(home, "changed afterwards")
+    flip(home, "changed before promotion")
     with pytest.raises(CorruptArtifact, match="not the content that was registered"):
         registry.download(name, "1", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(CorruptArtifact, match=f"{name} version 2 is not the content"):
+        registry.promote(name, second)
+    assert registry.aliases_of(name, "1") == ("champion",)
+    assert registry.aliases_of(name, second) == ()
+    assert not list(home.root.glob(".verify*"))
+
+
+def test_a_rollback_to_a_model_that_was_changed_is_refused(
+    home: Home, registry: Registry, register: Register, name: str
+) -> None:
+    first, second = register("the good one"), register("the bad one")
+    registry.promote(name, first)
+    registry.promote(name, second)
+    flip(home, "the good one")
+    with pytest.raises(CorruptArtifact, match="restore them, or delete the version"):
+        registry.rollback(name, "it swears")
+    assert registry.aliases_of(name, first) == ("previous",)
+    assert registry.aliases_of(name, second) == ("champion",)
+    assert "posttrain.rolled_back" not in registry.version(name, second).tags
+
+
+def test_a_version_is_found_by_what_people_write(
+    registry: Registry, register: Register, name: str
+) -> None:
+    register("one")
+    register("two")
+    assert registry.find(name).version == "2"  # the newest, while there is no champion
+    registry.promote(name, "1")
+    for text, version in (("", "1"), ("@champion", "1"), ("@2", "2"), ("/2", "2")):
+        assert registry.find(f"{name}{text}").version == version
+    with pytest.raises(UserError, match="has no alias staging"):
+        registry.find(f"{name}@staging")
+    with pytest.raises(UserError, match="there is no registered model nobody"):
+        registry.find("nobody")
+
+
+def test_tags_are_added_to_those_that_are_there(
+    registry: Registry, register: Register, name: str
+) -> None:
+    version = register("one")
+    registry.set_tags(name, version, {"a": "1", "posttrain.run": "r2"})
+    tags = registry.version(name, version).tags
+    assert (tags["a"], tags["posttrain.run"]) == ("1", "r2")
+    assert "posttrain.sha256" in tags
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mlflow import MlflowClient
+from infra.registry import Registry
+
+uri, locks, after, command, *arguments = sys.argv[1:]
+calls = 0
+
+def then_die(method):
+    def call(self, *arguments, **named):
+        global calls
+        result = method(self, *arguments, **named)
+        calls += 1
+        if calls == int(after):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+
+for name in (
+    "set_registered_model_tag", "set_registered_model_alias", "set_model_version_tag",
+    "delete_registered_model_alias", "delete_registered_model_tag",
+):
+    setattr(MlflowClient, name, then_die(getattr(MlflowClient, name)))
+getattr(Registry(uri, Path(locks)), command)(*arguments)
+"""
+
+
+def killed_after(home: Home, num_writes: int, command: str, *arguments: str) -> bool:
+    """Run a command that is killed after some writes to the registry; False if it did fewer."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, home.mlflow_uri, str(home.locks), str(num_writes), command,
+         *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode in (0, -9), done.stderr
+    return done.returncode == -9
+
+
+def aliases(registry: Registry, name: str) -> dict[str, tuple[str, ...]]:
+    return {one.version: one.aliases for one in registry.list_models() if one.name == name}
+
+
+def test_a_promotion_that_is_killed_anywhere_is_mended_by_the_same_command(
+    home: Home, registry: Registry, register: Register, name: str
+) -> None:
+    for text in ("one", "two", "three", "four"):
+        register(text)
+    # Written: the move, previous, champion, the end of the move.
+    for num_writes in (1, 2, 3, 4):
+        registry.promote(name, "1")
+        registry.promote(name, "2")
+        before = {"1": ("previous",), "2": ("champion",), "3": (), "4": ()}
+        after = {"1": (), "2": ("previous",), "3": ("champion",), "4": ()}
+        assert aliases(registry, name) == before
+        assert killed_after(home, num_writes, "promote", name, "3")
+        found = aliases(registry, name)
+        # There is a champion at every moment.
+        assert sorted(a for held in found.values() for a in held) == ["champion", "previous"] or (
+            found["2"] == ("champion", "previous")
+        )
+        registry.promote(name, "3")
+        assert aliases(registry, name) == after, num_writes
+        # So does another command: what was begun is finished first.
+        registry.promote(name, "4")
+        assert aliases(registry, name) == {"1": (), "2": (), "3": ("previous",), "4": ("champion",)}
+    assert not killed_after(home, 5, "promote", name, "1")
+
+
+def test_a_rollback_that_is_killed_anywhere_is_mended_by_the_same_command(
+    home: Home, registry: Registry, register: Register, name: str
+) -> None:
+    register("one")
+    register("two")
+    # Written: the move, the note, champion, no more previous, the end of the move.
+    for num_writes in (1, 2, 3, 4, 5):
+        registry.promote(name, "1")
+        registry.promote(name, "2")
+        assert killed_after(home, num_writes, "rollback", name, f"try {num_writes}")
+        if num_writes < 5:
+            assert registry.rollback(name, "again") == ("2", "1")
+        assert aliases(registry, name) == {"1": ("champion",), "2": ()}
+        note = registry.version(name, "2").tags["posttrain.rolled_back"]
+        assert note.endswith(f"to version 1: try {num_writes}")
+        with pytest.raises(UserError, match="no previous champion"):
+            registry.rollback(name, "once more")
+
+
+def test_another_promotion_finishes_a_rollback_that_was_killed(
+    home: Home, registry: Registry, register: Register, name: str
+) -> None:
+    for text in ("one", "two", "three"):
+        register(text)
+    registry.promote(name, "1")
+    registry.promote(name, "2")
+    assert killed_after(home, 1, "rollback", name, "it swears")
+    registry.mend(name)
+    assert aliases(registry, name) == {"1": ("champion",), "2": (), "3": ()}
+    registry.promote(name, "3")
+    assert aliases(registry, name) == {"1": ("previous",), "2": (), "3": ("champion",)}
 
 
 LOAD = """

@@ -109,6 +109,18 @@ SAMPLE_PREFERENCES = {"num_prompts": 4}
         {**WITH_PRM, "data.step_labels": None, "label_steps": {"num_prompts": 4}},
         {**WITH_RM, "data.preferences": None, "sample_preferences": SAMPLE_PREFERENCES},
         {"sft.max_length": 64},
+        {
+            "gate.limits": [
+                {"metric": name, "max_regression": 0.1}
+                for name in ("pass@1", "reward", "kl", "length", "truncated_fraction", "verifier")
+            ]
+        },
+        {
+            **WITH_RM,
+            "gate.limits": [{"metric": "outcome", "min": 0}, {"metric": "proxy", "min": 0}],
+        },
+        {**WITH_PRM, "gate.reward_hacking": {"min_correlation": 0.2}},
+        {"gate.slices": [{"field": "level", "min_primary": 0.5, "values": ["a", 1]}]},
     ],
 )
 def test_a_possible_recipe_is_taken(changes: dict[str, Any]) -> None:
@@ -208,6 +220,28 @@ def test_a_possible_recipe_is_taken(changes: dict[str, Any]) -> None:
             "drop them",
         ),
         ({"data.prompts": {"generator": "x.y"}}, "generator must be", "module:function"),
+        (
+            {"gate.limits": [{"metric": "outcome", "min": 0}]},
+            "gate.limits.0.metric: the evaluation reports no metric outcome",
+            "It reports pass@1, reward",
+        ),
+        (
+            {"gate.limits": [{"metric": "pas@1", "min": 0}]},
+            "no metric pas@1",
+            "did you mean pass@1?",
+        ),
+        ({"gate.limits": [{"metric": "kl"}]}, "limit of kl", "at least one of min, max and"),
+        (
+            {"gate.limits": [{"metric": "kl", "min": 2, "max": 1}]},
+            "limit of kl",
+            "min 2.0 above max 1.0",
+        ),
+        ({"gate.slices": [{"field": "level"}]}, "slice level", "at least one of min_primary"),
+        (
+            {"gate.reward_hacking": {}},
+            "compares a trained reward model with the verifier",
+            "add reward.outcome or reward.process, or drop gate.reward_hacking",
+        ),
     ],
 )
 def test_an_impossible_recipe_is_refused(changes: dict[str, Any], fault: str, fix: str) -> None:

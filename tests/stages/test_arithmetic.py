@@ -127,6 +127,8 @@ def test_generators_keep_to_the_asked_sizes_and_the_alphabet(
         operands = prompt.removesuffix("=").replace("-", "+").split("+")
         lengths.add(len(operands))
         assert all(1 <= int(operand) <= 12 for operand in operands)
+        if "num_terms" in record:
+            assert record.pop("num_terms") == len(operands)
         texts = [prompt, *record["completions"]] if "completions" in record else record.values()
         assert set("".join(texts)) <= set(ALPHABET)
     assert lengths == {4, 5, 6}

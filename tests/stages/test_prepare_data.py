@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -21,9 +22,12 @@ from schemas.data import DataSource
 from schemas.fingerprint import fingerprint
 from schemas.records import LAYOUT_FIELDS, digest_position, prompt_digest, record_prompt
 from schemas.requests import PrepareDataRequest, Runtime
+from schemas.rewards import VerifierConfig
 from stages import prepare_data
+from stages.data.raw import RawRecord
 from stages.data.records import iter_records, read_records
 from stages.data.sources import source_digests
+from stages.rewards.verifiers import build_verifier
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 LAYOUTS: dict[str, Any] = {
@@ -105,6 +109,27 @@ def problem(index: int) -> dict[str, str]:
 
 
 # What comes out.
+
+
+def test_a_record_cannot_cause_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = tmp_path / "mark"
+    (tmp_path / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(mark)!r}).touch()\ndef verify(*_): return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = ("verifier", "function", "generator", "transform", "__class__", "__reduce__", "type")
+    bait: dict[str, Any] = dict.fromkeys(names, "evil:verify")
+    record = {"prompt": "evil:verify", "answer": "evil:verify", "metadata": bait, **bait}
+    write_lines(tmp_path / "e.jsonl", record)
+    artifact = prepare(tmp_path, "evaluation", {"path": "e.jsonl"})
+    assert records_of(tmp_path, artifact)[0]["metadata"] == bait
+    for function in ("math_verify", "stages.tasks.arithmetic:verify"):
+        verifier = build_verifier(VerifierConfig(function=function))
+        with contextlib.suppress(UserError):  # math-verify finds no mathematics there
+            verifier.score(["evil:verify"], ["evil:verify"])
+        verifier.close()
+    assert not mark.exists()
+    assert "evil" not in sys.modules
 
 
 def test_records_come_out_in_order_with_ids(tmp_path: Path) -> None:
@@ -788,3 +813,8 @@ def test_bigbench_mistake_by_hand() -> None:
     assert next(to_steps({**raw, "mistake_index": None}))["labels"] == [True, True, True]
     with pytest.raises(ValueError, match="mistake_index is 3, but there are 3 steps"):
         next(to_steps({**raw, "mistake_index": 3}))
+
+
+def test_a_message_about_a_long_name_of_a_field_stays_short() -> None:
+    assert RawRecord("a", {"x" * 100_000: 1, "b": 2}).names() == f"{'x' * 80}…, b"
+    assert RawRecord("a", {str(n): n for n in range(50)}).names().endswith("38, 39, and 10 more")

@@ -352,7 +352,7 @@ def evaluate(house: House, candidate: PolicyCheckpoint, **changes: Any) -> Evalu
             seed=0,
             config=EvaluateConfig(sampling=SAMPLING, num_samples=4, pass_at=(1, 2)),
             reward=RewardConfig.model_validate(
-                {"verifier": VERIFIER, "process": {"weight": 1.0, "credit": "aggregate"}}
+                {"verifier": VERIFIER, "process": {"weight": 0.5, "credit": "aggregate"}}
             ),
             rollout=RolloutConfig(),
             step_separator="\n",
@@ -385,6 +385,16 @@ def test_evaluation_keeps_every_record(house: House) -> None:
     assert report.candidate.pass_at["pass@1"] == pytest.approx(passed)
     assert report.candidate.length == pytest.approx(sum(r["length"] for r in own) / len(own))
     assert report.candidate.kl == pytest.approx(sum(r["kl"] for r in own) / len(own), rel=1e-4)
+    # The proxy is what the trained models gave, by their weight; the verifier is gold.
+    for row in own:
+        assert row["proxy"] == pytest.approx(0.5 * row["process"])
+        assert row["reward"] == pytest.approx(row["verifier"] + row["proxy"])
+        assert row["correct"] is (row["verifier"] == 1.0)
+    components = report.candidate.components
+    assert components.keys() == {"verifier", "process", "proxy"}
+    for name, value in components.items():
+        assert value == pytest.approx(sum(row[name] for row in own) / len(own), rel=1e-5)
+        assert report.metrics[f"candidate/{name}"] == value
     # pass@2 of n = 4 with c right is 1 - C(4 - c, 2) / C(4, 2).
     missed = {0: 1.0, 1: 0.5, 2: 1 / 6, 3: 0.0, 4: 0.0}
     counts: dict[str, int] = {}
