@@ -113,16 +113,16 @@ class _Gradients:
     def add(
         self,
         chunk: slice,
-        log_probs: Tensor,
+        probs: Tensor,
         targets: Tensor,
         upstream: Tensor,
         hidden: Tensor,
         weight: Tensor,
         temperature: float,
     ) -> None:
-        """d logprob / d logit = (onehot - softmax) / temperature. Overwrites log_probs."""
+        """d logprob / d logit = (onehot - softmax) / temperature. Overwrites probs."""
         scaled = upstream / temperature
-        d_logits = log_probs.exp_().mul_(-scaled[:, None])
+        d_logits = probs.mul_(-scaled[:, None])
         d_logits.scatter_add_(1, targets[:, None], scaled[:, None])
         if self.bias is not None:
             self.bias += d_logits.sum(0)
@@ -158,7 +158,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for chunk in head.chunks(len(hidden)):
             gradients.add(
                 chunk,
-                head.log_probs(hidden[chunk], product_weight, bias),
+                head.log_probs(hidden[chunk], product_weight, bias).exp_(),
                 targets[chunk],
                 upstream[chunk],
                 hidden[chunk],
@@ -185,10 +185,12 @@ class _WeightedSum(torch.autograd.Function):
         for chunk in head.chunks(len(hidden)):
             log_probs = head.log_probs(hidden[chunk], product_weight, bias)
             logprobs.append(_gather(log_probs, targets[chunk]))
-            entropy.append(_entropy_value(log_probs))
+            probs = log_probs.exp()
+            # Minus p log p, in place; NaN there is 0 * -inf and nothing else.
+            entropy.append(-log_probs.mul_(probs).nansum(dim=-1))
             gradients.add(
                 chunk,
-                log_probs,
+                probs,
                 targets[chunk],
                 token_weights[chunk],
                 hidden[chunk],
@@ -217,7 +219,8 @@ def _joined(parts: Sequence[Tensor], hidden: Tensor) -> Tensor:
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    return functional.log_softmax(upcast(logits) / temperature, dim=-1)
+    tempered = upcast(logits) if temperature == 1 else upcast(logits) / temperature
+    return functional.log_softmax(tempered, dim=-1)
 
 
 def _gather(log_probs: Tensor, targets: Tensor) -> Tensor:
