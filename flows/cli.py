@@ -22,6 +22,7 @@ from schemas.base import UserError
 if TYPE_CHECKING:
     from flows.plan import Plan
     from flows.runs import RunRecord
+    from flows.sync import Synced
     from infra.environment import Home
     from schemas.pipeline import PipelineConfig
 
@@ -101,9 +102,10 @@ def run(
             if as_json:
                 _print_json(_plan_document(plan))
             return
-        record = _reused(config, place, plan, console)
-        if record is None:
-            record = _run(config, place, console, rerun_changed_code)
+        with _syncing(place, console):
+            record = _reused(config, place, plan, console)
+            if record is None:
+                record = _run(config, place, console, rerun_changed_code)
         _show(record, place, console, as_json)
 
 
@@ -223,6 +225,20 @@ def runs(home: HomeOption = None, as_json: JsonOption = False) -> None:
             make_console(stderr=False).print(runs_table(records))
         else:
             make_console(stderr=False).print("Nothing has run here yet.")
+
+
+@app.command()
+def sync(home: HomeOption = None) -> None:
+    """Tell MLflow what runs could not tell it while it was away."""
+    with _exit_codes("what waits is kept"):
+        from flows import sync as outboxes
+
+        place = _home(home)
+        records = outboxes.waiting(place)
+        if not records:
+            typer.echo("MLflow has been told everything.")
+        for one in outboxes.sync(place, records):
+            typer.echo(_synced_text(one))
 
 
 @app.command()
@@ -353,6 +369,18 @@ def main() -> None:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     app()
+
+
+def _syncing(place: Home, console: Console) -> contextlib.AbstractContextManager[None]:
+    from flows.sync import syncing
+
+    return syncing(place, lambda one: console.print(Text(_synced_text(one))))
+
+
+def _synced_text(one: Synced) -> str:
+    if one.at_work:
+        return f"{one.run}: at work, and tells MLflow itself"
+    return f"{one.run}: MLflow has now been told what it had missed ({one.sent} entries)"
 
 
 def _explain(

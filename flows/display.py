@@ -14,6 +14,7 @@ from rich.text import Text
 from flows.plan import Plan
 from flows.runs import RunRecord, StageRow
 from infra.environment import Home
+from infra.mlflow_uri import without_password
 
 _ACTION_STYLES = {"reuse": "green", "resume": "yellow", "run": "cyan"}
 _STATUS_STYLES = {"reused": "green", "resumed": "yellow", "ran": "cyan"}
@@ -179,10 +180,11 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
 
 
 def _mlflow_place(home: Home, run_id: str | None) -> str:
-    uri = home.mlflow_uri
-    if uri.startswith("http"):
-        return f"{uri} (run {run_id})"
-    return f"mlflow server --backend-store-uri {uri} (run {run_id})"
+    run = f"run {run_id}" if run_id else "away so far: posttrain sync tells it of the run"
+    place = without_password(home.mlflow_uri)
+    if place.startswith("http"):
+        return f"{place} ({run})"
+    return f"mlflow server --backend-store-uri {place} ({run})"
 
 
 def _stages_table(rows: Sequence[StageRow]) -> Table:

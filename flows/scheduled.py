@@ -13,6 +13,7 @@ from prefect.states import Completed
 from flows.pipeline import run_pipeline
 from flows.plan import make_plan
 from flows.runs import RunRecord, Runs, config_digest
+from flows.sync import syncing
 from infra.environment import Home, quiet_environment
 from schemas.pipeline import PipelineConfig
 
@@ -33,12 +34,13 @@ def scheduled(config: PipelineConfig, home: str) -> Any:
     """
     place = Home.resolve(home)
     _prepare_process(place)
-    done = _done_before(config, place)
-    if done is not None:
-        message = f"nothing new: every stage is reused from {done.run} ({done.outcome})"
-        get_run_logger().info(message)
-        return Completed(name=NOTHING_NEW, message=message)
-    return run_pipeline(config, place)
+    with syncing(place, lambda one: get_run_logger().info("told MLflow of %s", one.run)):
+        done = _done_before(config, place)
+        if done is not None:
+            message = f"nothing new: every stage is reused from {done.run} ({done.outcome})"
+            get_run_logger().info(message)
+            return Completed(name=NOTHING_NEW, message=message)
+        return run_pipeline(config, place)
 
 
 def _prepare_process(place: Home) -> None:

@@ -80,9 +80,12 @@ def quiet_environment(home: Home) -> dict[str, str]:
         # A new database on a busy machine takes longer than the default allows.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-        # A dead tracking server must not hang a run for minutes.
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        # A dead tracking server must not hang a run for minutes. Trying again is the business of
+        # the outbox and of the registry: MLflow would send a request that creates something twice.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+        # A Prefect server that is restarted is waited for 2 + 4 + ... + 128 = 254 seconds.
+        "PREFECT_CLIENT_MAX_RETRIES": "7",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "GIT_PYTHON_REFRESH": "quiet",

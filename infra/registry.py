@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 
 from infra.files import file_lock
 from infra.manifest import CorruptArtifact, build_manifest, manifest_digest
+from infra.mlflow_reach import is_away, reaching_client, unavailable
 from schemas.artifacts import PolicyCheckpoint
 from schemas.base import UserError
 
@@ -45,9 +45,16 @@ class RegisteredVersion:
 class Registry:
     """The registry at one address. Aliases have no compare-and-set, hence the lock."""
 
-    def __init__(self, uri: str, locks: Path) -> None:
+    def __init__(
+        self,
+        uri: str,
+        locks: Path,
+        patience: float = 0.0,
+        on_wait: Callable[[str], None] = _log.info,
+    ) -> None:
+        """patience: seconds to wait for a server that is away; `on_wait` is told of a wait."""
         self.uri = uri
-        self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self.client = reaching_client(uri, patience, on_wait)
         self._locks = locks
 
     def register(
@@ -165,15 +172,21 @@ class Registry:
         to.parent.mkdir(parents=True, exist_ok=True)
         source = self.client.get_model_version_download_uri(name, chosen.version)
         with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as temporary:
-            folder = Path(
-                download_artifacts(artifact_uri=source, dst_path=temporary, tracking_uri=self.uri)
-            )
+            folder = self._fetch(source, temporary)
             if manifest_digest(build_manifest(folder)) != chosen.sha256:
                 raise CorruptArtifact(
                     f"model {name} version {chosen.version} is not the content that was registered"
                 )
             folder.rename(to)
         return to
+
+    def _fetch(self, source: str, to: str) -> Path:
+        try:
+            return Path(download_artifacts(artifact_uri=source, dst_path=to, tracking_uri=self.uri))
+        except MlflowException as error:
+            if not is_away(error):
+                raise
+            raise unavailable(self.uri, error) from error
 
     def _models(self) -> Iterator[Any]:
         token: str | None = None
