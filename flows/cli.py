@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -61,6 +61,31 @@ TimezoneOption = Annotated[
 ]
 NameOption = Annotated[
     str | None, typer.Option("--name", help="Name of the deployment; else the recipe's.")
+]
+CatchupOption = Annotated[
+    Literal["latest", "skip"],
+    typer.Option(
+        "--catchup", help="Of the runs that were missed, run the newest, or skip them all."
+    ),
+]
+LateOption = Annotated[
+    float,
+    typer.Option(
+        "--late-after", metavar="SECONDS", min=1, help="With skip: so late is a run missed."
+    ),
+]
+RecoveriesOption = Annotated[
+    int,
+    typer.Option("--recoveries", min=0, help="How often a run whose process died is brought back."),
+]
+SilenceOption = Annotated[
+    float,
+    typer.Option(
+        "--silence",
+        metavar="SECONDS",
+        min=90,
+        help="A run that gives no sign of life for so long has crashed.",
+    ),
 ]
 
 
@@ -121,6 +146,13 @@ def deploy(
     timezone: TimezoneOption = None,
     set_: SetOption = None,
     name: NameOption = None,
+    catchup: CatchupOption = "latest",
+    late_after: LateOption = 3600.0,
+    recoveries: RecoveriesOption = 3,
+    silence: SilenceOption = 300.0,
+    paused: Annotated[
+        bool, typer.Option("--paused", help="Register it without starting its schedule.")
+    ] = False,
     pause: Annotated[
         bool | None,
         typer.Option("--pause/--resume", help="Only pause an existing schedule, or go on with it."),
@@ -129,7 +161,7 @@ def deploy(
 ) -> None:
     """Schedule a recipe on a Prefect work pool, one run at a time, on the data of the day."""
     with _exit_codes():
-        from flows.deploy import build_deployment, set_paused
+        from flows.deploy import Schedule, build_deployment, set_paused
         from flows.deploy import deploy as register
         from flows.recipes import load_recipe
 
@@ -141,11 +173,12 @@ def deploy(
             return
         if cron is None or pool is None:
             raise UserError("--cron and --work-pool are needed to schedule a recipe")
-        full_name = register(
-            build_deployment(config, place, name=name or config.name, cron=cron, timezone=timezone),
-            pool,
-        )
-        typer.echo(f"{full_name} runs at {cron} ({timezone or 'UTC'}) on work pool {pool}")
+        schedule = Schedule(cron, timezone, catchup, late_after, recoveries, silence)
+        made = build_deployment(config, place, name=name or config.name, schedule=schedule)
+        is_paused = register(made, pool, schedule, paused=paused)
+        typer.echo(f"{made.full_name} runs at {cron} ({timezone or 'UTC'}) on work pool {pool}")
+        if is_paused:
+            typer.echo(f"it is paused: posttrain deploy {recipe} --resume starts it")
         typer.echo(f"a worker for it: prefect worker start --pool {pool} --type process")
 
 
@@ -156,22 +189,25 @@ def serve(
     timezone: TimezoneOption = None,
     set_: SetOption = None,
     name: NameOption = None,
+    catchup: CatchupOption = "latest",
+    late_after: LateOption = 3600.0,
+    recoveries: RecoveriesOption = 3,
+    silence: SilenceOption = 300.0,
     home: HomeOption = None,
 ) -> None:
     """Run a recipe on a schedule from this process, without a work pool, until it is stopped."""
     with _exit_codes():
-        from flows.deploy import build_deployment
+        from flows.deploy import Schedule, build_deployment
         from flows.deploy import serve as run_forever
         from flows.recipes import load_recipe
 
         config = load_recipe(recipe, set_)
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
         place = _prefect_server(home)
-        deployment = build_deployment(
-            config, place, name=name or config.name, cron=cron, timezone=timezone
-        )
+        schedule = Schedule(cron, timezone, catchup, late_after, recoveries, silence)
+        deployment = build_deployment(config, place, name=name or config.name, schedule=schedule)
         typer.echo(f"{deployment.full_name} runs at {cron} ({timezone or 'UTC'}); Ctrl-C ends it")
-        run_forever(deployment)
+        run_forever(deployment, schedule)
 
 
 @app.command()

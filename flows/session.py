@@ -19,6 +19,7 @@ from infra.environment import Home
 from infra.launch import StageFailed, run_stage, terminate_all
 from infra.outbox import PIPELINE
 from infra.tail import last_lines
+from infra.unavailable import TrackingUnavailable
 from schemas.artifacts import (
     Artifact,
     EvaluationReport,
@@ -84,7 +85,8 @@ class Session:
 
     def reuse(self, node: Node, log: Callable[[str], None] = lambda text: None) -> Artifact | None:
         """The artifact of a stage whose work is done, verified to the byte; else None."""
-        request = node.build(self.artifacts)
+        with self._registry_named(node):
+            request = node.build(self.artifacts)
 
         def on_wait(text: str) -> None:
             self.watcher.note(f"{node.name}: {text}")
@@ -92,7 +94,8 @@ class Session:
 
         # Under the lock: what the record names before it is released, nobody clears away.
         with self.store.lock(request.fingerprint, on_wait=on_wait):
-            artifact = self.archive.finished(request, verify=True)
+            with self._registry_named(node):
+                artifact = self.archive.finished(request, verify=True)
             if artifact is None or self._put_aside(node, artifact):
                 return None
             self._note_identity(request)
@@ -142,7 +145,8 @@ class Session:
                 runtime = request.runtime.model_copy(update={"mlflow_run_id": mlflow_run_id})
                 request = request.model_copy(update={"runtime": runtime})
                 if isinstance(request, PromoteRequest):
-                    return self._promote(node, request, started)
+                    with self._registry_named(node):
+                        return self._promote(node, request, started)
                 return self._run_stage(node, request, key, on_line)
         finally:
             spent = self._spent.get(node.name, 0.0) + time.monotonic() - started
@@ -159,7 +163,7 @@ class Session:
             ended=datetime.now(UTC),
             evaluation=evaluation_document(report),
             reward_models=reward_models_document(self.artifacts),
-            decision=decision_document(decision, self.archive),
+            decision=decision_document(decision, Archive(self.home, self.archive.model)),
             outcome="promoted" if decision.promoted else "refused by the gate",
         )
         tags = {
@@ -280,6 +284,22 @@ class Session:
             with self._tolerating_tracking():
                 self.tracking.finish(key, status)
 
+    @contextlib.contextmanager
+    def _registry_named(self, node: Node) -> Iterator[None]:
+        """Say of a registry that was waited for in vain what is kept and how to go on."""
+        try:
+            yield
+        except TrackingUnavailable as error:
+            if error.waited == 0:
+                raise
+            named = TrackingUnavailable(
+                f"{node.name} needs MLflow's registry, which was waited for {error.waited:g} "
+                f"seconds: {error}. What was done before it is kept in {self.store.root}: the same "
+                "command goes on from there"
+            )
+            named.waited = error.waited
+            raise named from error
+
     def _note_mlflow_run(self) -> None:
         if self.run.record.mlflow_run_id is None:
             run_id = self.tracking.run_id()
@@ -385,8 +405,11 @@ def reward_models_document(artifacts: dict[str, Artifact]) -> dict[str, Any]:
 
 
 def decision_document(decision: PromotionDecision, archive: Archive) -> dict[str, Any]:
-    """What the gate said, with the aliases as they are now."""
-    aliases, rolled_back = archive.aliases_now(decision)
+    """What the gate said, with the aliases as they are now, or as they were then."""
+    try:
+        aliases, rolled_back = archive.aliases_now(decision)
+    except TrackingUnavailable:
+        aliases, rolled_back = decision.aliases, None
     reasons = list(decision.reasons)
     if rolled_back is not None:
         reasons.append(f"rolled back since then: {rolled_back}")

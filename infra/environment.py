@@ -84,10 +84,16 @@ def quiet_environment(home: Home) -> dict[str, str]:
         # the outbox and of the registry: MLflow would send a request that creates something twice.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+        # In memory, a server that is restarted forgets who holds a slot, and never frees it again.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+            "prefect.server.concurrency.lease_storage.filesystem"
+        ),
         # A Prefect server that is restarted is waited for 2 + 4 + ... + 128 = 254 seconds.
         "PREFECT_CLIENT_MAX_RETRIES": "7",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        # Standard output is the document of --json.
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "GIT_PYTHON_REFRESH": "quiet",
         # Forking after the tokenizer's threads have started only earns a warning.
         "TOKENIZERS_PARALLELISM": "false",

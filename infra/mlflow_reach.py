@@ -59,7 +59,7 @@ def ping(uri: str) -> None:
 def unavailable(uri: str, error: object) -> TrackingUnavailable:
     """The error that names the server and the remedy."""
     place = without_password(uri)
-    why = _first_line(error).replace(uri, place)
+    why = _why(error).replace(uri, place)
     return TrackingUnavailable(
         f"MLflow at {place} does not answer ({why}); start it, "
         "or set MLFLOW_TRACKING_URI to another address (unset: a database in the home)"
@@ -146,6 +146,11 @@ def reaching_client(uri: str, patience: float, on_wait: Callable[[str], None]) -
     return cast(MlflowClient, ReachingClient(uri, patience, on_wait))
 
 
-def _first_line(error: object) -> str:
+def _why(error: object) -> str:
+    """One clause: the HTTP library's own text is four errors inside each other."""
     text = str(error).strip() or type(error).__name__
+    if "timed out" in text or "timeout" in text:
+        return "it takes too long"
+    if "Connection refused" in text:
+        return "connection refused"
     return text.splitlines()[0][:300]

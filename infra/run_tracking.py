@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.delivery import Courier
+from infra.mlflow_reach import unavailable
 from infra.mlflow_tracking import flat
-from infra.mlflow_uri import without_password
 from infra.outbox import (
     PIPELINE,
     Document,
@@ -26,7 +26,6 @@ from infra.outbox import (
     Tags,
 )
 from infra.tracking import MetricsLine, format_line, parse_line
-from infra.unavailable import TrackingUnavailable
 
 _log = logging.getLogger(__name__)
 
@@ -97,10 +96,7 @@ class RunTracking:
         """
         found = self._courier.settled(patience)
         if found is None:
-            error = TrackingUnavailable(
-                f"MLflow at {without_password(self.uri)} does not answer; start it, or set "
-                "MLFLOW_TRACKING_URI to another address (unset: a database in the home)"
-            )
+            error = unavailable(self.uri, f"nothing was delivered for {patience:g} s")
             error.waited = patience
             raise error
         return found

@@ -14,6 +14,7 @@ from flows.recipes import load_recipe
 from flows.slot import device_slot
 from infra.environment import Home
 from schemas.base import UserError
+from tests.servers import PrefectServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
@@ -71,4 +72,29 @@ def test_a_run_holds_its_slot_while_it_computes(
     post_train(load_recipe(str(files_recipe), [f"compute.slot={limit}"]), home=str(home.root))
     assert held["train_sft"] == held["train_rl"] == held["evaluate"] == 1
     assert "prepare_data" not in held  # done in the first attempt, which needed no slot
+    assert active_slots(limit) == 0
+
+
+def test_a_server_that_is_restarted_does_not_lose_the_slot(
+    limit: str, real_prefect: PrefectServer
+) -> None:
+    """With leases in the server's memory the slot would be taken for ever."""
+    order: list[str] = []
+
+    def second() -> None:
+        with device_slot(limit, "train_sft", lambda text: None):
+            order.append("second begins")
+
+    thread = threading.Thread(target=second)
+    with device_slot(limit, "train_rl", order.append):
+        real_prefect.kill()
+        thread.start()  # it asks while the server is away
+        time.sleep(2)
+        real_prefect.start()
+        assert active_slots(limit) == 1
+        time.sleep(5)
+        assert "second begins" not in order
+        order.append("first ends")
+    thread.join(90)
+    assert order[-2:] == ["first ends", "second begins"]
     assert active_slots(limit) == 0
