@@ -152,6 +152,7 @@ def test_of_missed_nights_the_newest_is_run_on_the_data_of_today(
         f"deployments/{night.server.deployment('missed')['id']}/schedule",
         start_time=(now - timedelta(days=4)).isoformat(),
         end_time=now.isoformat(),
+        min_runs=4,
     )
 
     def due() -> list[dict[str, Any]]:
