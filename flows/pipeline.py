@@ -23,7 +23,7 @@ from schemas.pipeline import PipelineConfig
 _MAX_EVALUATIONS = 5
 """How often a champion may change under a run before it gives up."""
 _FIRST_DELAY_SECONDS = 1
-"""Before the first retry; it doubles with each, give or take a third."""
+"""Before the first retry; it doubles with each."""
 _CACHED = "Cached"
 
 
@@ -102,14 +102,18 @@ def run_pipeline(
     return session.run.record.document()
 
 
-def _run(session: Session, node: Node) -> Artifact | None:
-    retries = session.config.compute.retries
+def stage_task(stage: str, retries: int) -> Task[[Session, Node, str], Any]:
+    """The task of a stage, with its retries: after 1, 2, 4, ... seconds, give or take a third."""
     # Prefect works the delays out for the number of retries that it is given with them.
-    stage = run_stage_task.with_options(
-        name=node.stage,
+    return run_stage_task.with_options(
+        name=stage,
         retries=retries,
         retry_delay_seconds=exponential_backoff(backoff_factor=_FIRST_DELAY_SECONDS),
     )
+
+
+def _run(session: Session, node: Node) -> Artifact | None:
+    stage = stage_task(node.stage, session.config.compute.retries)
     state = stage(session, node, node.name, return_state=True)
     if state.is_failed() or state.is_crashed():
         events.stage_failed(session, node, state.result(raise_on_failure=False))

@@ -61,6 +61,8 @@ class FakeStages:
         self.requests: list[StageRequest] = []
         self.script: dict[str, list[BaseException]] = defaultdict(list)
         """Errors that a stage raises, one a call, before it works."""
+        self.timeouts: dict[str, float | None] = {}
+        """Seconds that each stage was given."""
         self.pass_at_1 = {"candidate": 0.8, "baseline": 0.5}
         self.before: Callable[[StageRequest], None] = lambda request: None
 
@@ -80,6 +82,7 @@ class FakeStages:
     ) -> StageOutcome:
         assert store.lock_descriptor(request.fingerprint) is not None
         self.requests.append(request)
+        self.timeouts[_name(request)] = timeout
         self.before(request)
         on_line(f"working on {_name(request)}")
         if self.script[_name(request)]:

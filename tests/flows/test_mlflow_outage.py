@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from infra.environment import Home
 from infra.mlflow_tracking import Tracking
 from infra.tracking import FileTracker
 from infra.unavailable import TrackingUnavailable
-from tests.servers import MlflowServer, wait_for
+from tests.servers import MlflowServer, PrefectServer, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
@@ -132,7 +133,7 @@ def night(
 
 
 def test_the_undisturbed_run_is_what_it_is_taken_for(
-    night: Night, expected: dict[str, Any]
+    night: Night, expected: dict[str, Any], real_prefect: PrefectServer
 ) -> None:
     assert expected["status"] == "FINISHED"
     assert expected["versions"] == ["1"]
@@ -147,6 +148,17 @@ def test_the_undisturbed_run_is_what_it_is_taken_for(
     assert sorted(step for step, _ in history["loss"]) == [0, 1, 2, 3, 4, 5, 6]  # 0: the last
     assert {"posttrain.sha256", "posttrain.fingerprint"} <= tags
     assert params["config.optimizer.learning_rate"] == "0.001"
+    # Prefect's page of the decision leads to MLflow's of the run and of the model.
+    pages = [str(one["data"]) for one in real_prefect.ask("artifacts/filter")]
+    (link,) = (
+        found
+        for text in pages
+        for found in re.findall(rf"\[run\]\({night.server.uri}/#/experiments/(.*)\),", text)
+    )
+    experiment, run_id = link.split("/runs/")
+    info = Tracking(night.server.uri).client.get_run(run_id).info
+    assert info.experiment_id == experiment
+    assert any(f"[model version]({night.server.uri}/#/models/night-" in text for text in pages)
 
 
 def test_hanging_at_the_start_and_back_in_the_middle(
