@@ -14,7 +14,7 @@ from uuid import UUID
 
 from flows.catchup import Catchup
 from flows.recovery import HEARTBEAT_SECONDS, set_recovery
-from infra.environment import Home
+from infra.environment import PREFECT_RETRIES, Home
 from schemas.base import UserError
 from schemas.pipeline import PipelineConfig
 
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 DEFAULT_API = "http://127.0.0.1:4200/api"
 """Where `prefect server start` listens unless it is told otherwise."""
-_HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
+_PROCESS = {
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+    "PREFECT_CLIENT_MAX_RETRIES": PREFECT_RETRIES,
+}
+"""What the process of a scheduled run finds in its environment."""
 _LEASES = (
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem"
 )
@@ -130,7 +134,7 @@ def deploy(
             paused = paused or client.read_deployment_by_name(deployment.full_name).paused
     deployment.paused = paused
     deployment.storage = LocalStorage(str(Path.cwd()))
-    deployment.job_variables = {"env": _HEARTBEAT}
+    deployment.job_variables = {"env": _PROCESS}
     _apply(deployment, pool, schedule)
     return paused
 
@@ -139,7 +143,7 @@ def serve(deployment: RunnerDeployment, schedule: Schedule) -> None:
     """Serve a deployment until this process is stopped; its schedule is paused then."""
     import prefect
 
-    os.environ.update(_HEARTBEAT)  # for the processes of the runs
+    os.environ.update(_PROCESS)  # which the processes of the runs inherit
     _apply(deployment, None, schedule)
     prefect.serve(deployment, limit=1, print_starting_message=False)
 

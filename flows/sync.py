@@ -80,8 +80,10 @@ def syncing(home: Home, on_synced: Callable[[Synced], None]) -> Iterator[None]:
 
 
 def _note(runs: Runs, record: RunRecord, outbox: Outbox, uri: str) -> None:
-    """Write the MLflow run into the record of a run, and let go of what nobody needs any more."""
-    run_id = outbox.delivered(uri).runs.get(PIPELINE)
-    runs.note_mlflow_run(record.run, run_id)
+    """Write the MLflow run into a finished run's record, and let go of what nobody needs any more.
+
+    A run that is not finished is opened again, and does so itself: its lock is left alone.
+    """
     if record.status == "finished":
+        runs.note_mlflow_run(record.run, outbox.delivered(uri).runs.get(PIPELINE))
         outbox.forget()

@@ -11,6 +11,9 @@ from pathlib import Path
 from infra.store import Store
 from schemas.base import UserError
 
+PREFECT_RETRIES = "7"
+"""A Prefect server that is restarted is waited for 2 + 4 + ... + 128 = 254 seconds."""
+
 
 @dataclass(frozen=True)
 class Home:
@@ -88,8 +91,7 @@ def quiet_environment(home: Home) -> dict[str, str]:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
             "prefect.server.concurrency.lease_storage.filesystem"
         ),
-        # A Prefect server that is restarted is waited for 2 + 4 + ... + 128 = 254 seconds.
-        "PREFECT_CLIENT_MAX_RETRIES": "7",
+        "PREFECT_CLIENT_MAX_RETRIES": PREFECT_RETRIES,
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         # Standard output is the document of --json.

@@ -107,7 +107,10 @@ def test_what_the_server_keeps_of_a_deployment(
     check_form(kept["parameter_openapi_schema"])
     assert kept["paused"] is True
     assert kept["concurrency_limit"] == 1
-    assert kept["job_variables"]["env"] == {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+    assert kept["job_variables"]["env"] == {
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_CLIENT_MAX_RETRIES": "7",
+    }
 
     # Paused it stays, until somebody goes on with it.
     assert deploy(made, "kept", NIGHTLY) is True

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,11 @@ def limit() -> str:
     return name
 
 
+def in_a_thread(work: Callable[[], None]) -> threading.Thread:
+    """A thread that uses the same Prefect server; which one that is is a matter of context."""
+    return threading.Thread(target=contextvars.copy_context().run, args=(work,))
+
+
 def active_slots(name: str) -> int:
     with get_client(sync_client=True) as client:
         return client.read_global_concurrency_limit_by_name(name).active_slots
@@ -42,7 +49,7 @@ def test_one_waits_for_the_other(limit: str) -> None:
             time.sleep(2)
             order.append("first ends")
 
-    thread = threading.Thread(target=first)
+    thread = in_a_thread(first)
     thread.start()
     held.wait(30)
     with device_slot(limit, "train_sft", lambda text: None):
@@ -85,7 +92,7 @@ def test_a_server_that_is_restarted_does_not_lose_the_slot(
         with device_slot(limit, "train_sft", lambda text: None):
             order.append("second begins")
 
-    thread = threading.Thread(target=second)
+    thread = in_a_thread(second)
     with device_slot(limit, "train_rl", order.append):
         real_prefect.kill()
         thread.start()  # it asks while the server is away
