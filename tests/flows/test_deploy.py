@@ -106,7 +106,7 @@ def test_what_the_server_keeps_of_a_deployment(
     kept = real_prefect.deployment("kept")
     check_form(kept["parameter_openapi_schema"])
     assert kept["paused"] is True
-    assert kept["concurrency_limit"] == 1
+    assert kept["global_concurrency_limit"]["limit"] == 1
     assert kept["job_variables"]["env"] == {
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "PREFECT_CLIENT_MAX_RETRIES": "7",
