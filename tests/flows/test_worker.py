@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from flows.pipeline import post_train
 from flows.recipes import load_recipe
 from flows.runs import Runs
 from infra.environment import Home
-from tests.servers import PrefectServer, command, wait_for, worker
+from tests.servers import MAIN, PrefectServer, Process, command, wait_for, worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server", "tracked_home")]
 
@@ -200,6 +201,11 @@ class Training(Deployed):
             and process.info["cwd"] == str(self.folder)
         ]
 
+    def is_registered(self) -> bool:
+        """Whether the server has the deployment and both of its automations."""
+        names = [one["name"] for one in self.server.ask("automations/filter")]
+        return sum(name.startswith(f"posttrain/{self.name}:") for name in names) == 2
+
     def record(self) -> Any:
         (record,) = Runs(self.home.store.root).all()
         return record
@@ -218,16 +224,40 @@ def test_a_run_whose_process_is_killed_comes_back_and_goes_on(training: Any) -> 
     night: Training = training("killed")
     night.deploy(RECIPE, *settings("rl.online.num_steps=14"), "--recoveries", "1")
     with night.worker():
-        run = night.server.start_run("killed")
-        stage = wait_for(night.checkpoint, 300, night.log)
-        flow = stage.parent()
-        assert "stages.main" not in flow.cmdline()
-        os.kill(flow.pid, signal.SIGKILL)
+        check_recovery(night, "killed")
+
+
+@pytest.mark.servers
+def test_a_served_run_whose_process_is_killed_comes_back_and_goes_on(training: Any) -> None:
+    night: Training = training("served")
+    arguments = [*MAIN, "serve", str(RECIPE), "--cron", "0 2 1 1 *", "--name", "served"]
+    home = ["--home", str(night.home.root)]
+    process = Process(
+        [sys.executable, *arguments, *home, *settings("rl.online.num_steps=14")],
+        log=night.log,
+        cwd=night.folder,
+        env=night.env,
+    )
+    try:
+        wait_for(lambda: "Ctrl-C ends it" in night.log.read_text(), 120, night.log)
+        wait_for(night.is_registered, 120, night.log)
+        check_recovery(night, "served")
+    finally:
+        process.end()
+
+
+def check_recovery(night: Training, name: str) -> None:
+    """Start a run, kill its process in the middle, and see it end well all the same."""
+    run = night.server.start_run(name)
+    stage = wait_for(night.checkpoint, 300, night.log)
+    flow = stage.parent()
+    assert "stages.main" not in flow.cmdline()
+    os.kill(flow.pid, signal.SIGKILL)
+    ended = night.server.wait_until_ended(run, 300, night.log)
+    # The state after the first crash is not the end: it is waited for again.
+    if ended["state_type"] == "CRASHED":
+        wait_for(lambda: night.server.run(run)["state_type"] != "CRASHED", 60, night.log)
         ended = night.server.wait_until_ended(run, 300, night.log)
-        # The state after the first crash is not the end: it is waited for again.
-        if ended["state_type"] == "CRASHED":
-            wait_for(lambda: night.server.run(run)["state_type"] != "CRASHED", 60, night.log)
-            ended = night.server.wait_until_ended(run, 300, night.log)
     night.show(ended)
     assert ended["state_type"] == "COMPLETED", ended["state"]["message"]
     assert ended["run_count"] == 2
