@@ -13,7 +13,14 @@ from typing import Any
 
 from infra.store import Store
 from schemas.artifacts import Artifact
-from tests.faults.house import House, Reference, content, shipped_metrics, steps_in
+from tests.faults.house import (
+    House,
+    Reference,
+    content,
+    copy_artifact,
+    shipped_metrics,
+    steps_in,
+)
 from tests.faults.inject import Fault
 from tests.faults.zygote import Ended, Zygote
 
@@ -32,14 +39,22 @@ class Trial:
         self.work = self.store.work_dir(self.request.fingerprint)
         self.log = self.work / "stage.log"
         self.checkpoints = self.work / "checkpoints"
+        self._house = house
         self._run = run
+        self._damaged: set[Path] = set()
 
-    def attempt(self, *faults: Fault, **order: Any) -> Ended:
-        """Run the stage once, and check that it went on from its newest checkpoint."""
+    def attempt(
+        self, *faults: Fault, before_run: Callable[[], None] = lambda: None, **order: Any
+    ) -> Ended:
+        """Run the stage once, and check that it went on from its newest checkpoint.
+
+        before_run: what happens between the writing of the request and the stage's start.
+        """
         newest = self.newest_step()
         before = len(self.log_text())
         (self.work / "result.json").unlink(missing_ok=True)
         (self.work / "request.json").write_text(self.request.model_dump_json(), encoding="utf-8")
+        before_run()
         marked = [self._marked(number, fault) for number, fault in enumerate(faults)]
         ended = self._run(self.work, marked, order)
         assert ended.num_left == 0, f"{ended.num_left} processes outlived the stage"
@@ -86,10 +101,21 @@ class Trial:
         assert len(list(self.store.artifacts_folder.glob(f"{self.request.fingerprint}*"))) == 1
         assert "publish" not in left
 
+    def set_damaged(self, folder: Path) -> None:
+        """From now on this checkpoint must be passed over."""
+        self._damaged.add(folder)
+
+    def restore(self, fingerprint: str) -> None:
+        """Make an input again, as the run of its stage would."""
+        copy_artifact(self._house.store, fingerprint, self.store)
+
     def newest_step(self) -> int | None:
         """Step of the newest checkpoint that is intact."""
-        found = [int(path.name[5:]) for path in self.checkpoints.glob("step-*")]
+        found = [int(path.name[5:]) for path in self._intact()]
         return max(found, default=None)
+
+    def _intact(self) -> list[Path]:
+        return [path for path in self.checkpoints.glob("step-*") if path not in self._damaged]
 
     def log_text(self) -> str:
         """What the stage has printed so far."""
