@@ -11,11 +11,14 @@ import sys
 import traceback
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from infra.launch import die_with_parent, write_result
 from infra.store import Store
 from infra.tracking import FileTracker, Tracker
 from schemas.artifacts import AnyArtifact
 from schemas.base import UserError
+from schemas.fingerprint import fingerprint
 from schemas.requests import AnyRequest, request_adapter
 from stages import termination
 
@@ -29,8 +32,13 @@ _WITH_CHECKPOINTS = (
     "train_rl",
 )
 
+
+class DamagedRequest(Exception):
+    """The file does not hold what was asked; another attempt writes it anew."""
+
+
 # Failures of the machine, which another attempt may not meet again.
-_TRANSIENT = (OSError, MemoryError, TimeoutError)
+_TRANSIENT = (OSError, MemoryError, TimeoutError, DamagedRequest)
 
 
 def main() -> int:
@@ -39,11 +47,11 @@ def main() -> int:
     work_dir = Path(sys.argv[1])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    request = request_adapter.validate_json((work_dir / "request.json").read_bytes())
-    if request.stage in _WITH_CHECKPOINTS:
-        termination.install()
     tracker = FileTracker(work_dir / "metrics.jsonl")
     try:
+        request = _read_request(work_dir / "request.json")
+        if request.stage in _WITH_CHECKPOINTS:
+            termination.install()
         artifact = run_stage(request, run_dir=work_dir, tracker=tracker)
         Store(request.runtime.store).publish(request.fingerprint, artifact)
     except termination.Terminated as stopped:
@@ -101,6 +109,17 @@ def run_stage(request: AnyRequest, *, run_dir: Path, tracker: Tracker) -> AnyArt
             from stages import evaluate
 
             return evaluate.run(request, run_dir=run_dir, tracker=tracker)
+
+
+def _read_request(path: Path) -> AnyRequest:
+    """The request, if it is the one that its fingerprint names."""
+    try:
+        request = request_adapter.validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise DamagedRequest(f"{path} cannot be read: {error}") from error
+    if fingerprint(request) != request.fingerprint:
+        raise DamagedRequest(f"{path} is not the request {request.fingerprint[:12]}")
+    return request
 
 
 def _prepare_torch(request: AnyRequest) -> None:

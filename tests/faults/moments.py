@@ -7,9 +7,9 @@ from tests.faults.inject import Fault
 _TEMPORARY = r"/checkpoints/\.step-"
 
 CHECKPOINT = {
-    "before a checkpoint": Fault("kill", "os.mkdir", _TEMPORARY, nth=2),
+    "before a checkpoint": Fault("kill", "os.mkdir", _TEMPORARY, nth=3),
     "half of a checkpoint's weights written": Fault(
-        "cut", "os.mkdir", _TEMPORARY, nth=2, number=20_000
+        "cut", "os.mkdir", _TEMPORARY, nth=3, number=20_000
     ),
     "weights of a checkpoint written, state not": Fault(
         "kill", "write", _TEMPORARY + r".*/state\.json", nth=2
@@ -23,7 +23,8 @@ CHECKPOINT = {
     "checkpoint renamed, folder not yet flushed": Fault("kill", "open", r"/checkpoints$", nth=2),
     "old checkpoint half deleted": Fault("kill", "os.remove", r"^rng\.pt$", nth=1),
 }
-"""Only of a stage that writes checkpoints; at least two are written by then."""
+"""Only of a stage that writes checkpoints, at its second one. The first is made in two calls: its
+folder has to be made too."""
 
 PUBLISH = {
     "artifact's content half written": Fault("cut", "os.mkdir", r"/content$", number=500),

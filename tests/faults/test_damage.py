@@ -37,7 +37,7 @@ KINDS: dict[str, Damage] = {"bit flipped": flip, "cut short": cut}
 
 def with_two_checkpoints(trial: Trial) -> list[Path]:
     """Kill the stage once it has two checkpoints; returns them, the older one first."""
-    ended = trial.attempt(Fault("kill", "os.mkdir", r"/checkpoints/\.step-", nth=3))
+    ended = trial.attempt(Fault("kill", "os.mkdir", r"/checkpoints/\.step-", nth=4))
     assert trial.struck(), ended
     folders = sorted(trial.checkpoints.glob("step-*"))
     assert len(folders) == 2
