@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from infra.files import write_atomic
+
+_log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -52,8 +55,8 @@ class FileTracker:
     def rewind(self, step: int) -> None:
         """Drop the lines of later steps, which the resumed stage is about to write again."""
         self.resumed_from_step = step
-        lines = read_metrics(self.path)
-        kept = [line for line in lines if line.step <= step]
+        lines = _whole_lines(self.path)
+        kept = [line for line in _readable(lines, self.path) if line.step <= step]
         if len(kept) < len(lines):
             write_atomic(self.path, "".join(map(format_line, kept)))
 
@@ -77,9 +80,20 @@ def parse_line(text: str | bytes) -> MetricsLine:
 
 def read_metrics(path: Path) -> list[MetricsLine]:
     """Every whole line of a metrics file; a torn last line and a missing file are no error."""
-    if not path.exists():
-        return []
-    return [parse_line(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    return [parse_line(line) for line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def _readable(lines: Iterable[bytes], path: Path) -> Iterator[MetricsLine]:
+    """The lines that are whole; a damaged one is reported, and costs a point of a curve only."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield parse_line(line)
+        except ValueError:
+            _log.warning("%s line %d is damaged; its numbers are lost", path, number)
 
 
 def _to_json(value: float) -> float | str:

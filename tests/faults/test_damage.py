@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from schemas.fingerprint import fingerprint
+from schemas.requests import request_adapter
 from tests.faults.conftest import Play, Row
 from tests.faults.house import TRAINING
 from tests.faults.inject import Fault
@@ -33,6 +35,22 @@ def cut(path: Path, draw: random.Random) -> None:
 
 
 KINDS: dict[str, Damage] = {"bit flipped": flip, "cut short": cut}
+
+
+def change(path: Path, damage: Damage, draw: random.Random) -> None:
+    """Damage a request where its fingerprint can tell: not where it runs, or who made its inputs."""
+    before = path.read_bytes()
+    while _same_work(path):
+        path.write_bytes(before)
+        damage(path, draw)
+
+
+def _same_work(path: Path) -> bool:
+    try:
+        request = request_adapter.validate_json(path.read_bytes())
+    except ValueError:
+        return False
+    return fingerprint(request) == request.fingerprint
 
 
 def with_two_checkpoints(trial: Trial) -> list[Path]:
@@ -151,8 +169,9 @@ def test_the_request(play: Play, case: str) -> None:
         def body(trial: Trial) -> None:
             draw = random.Random(f"request {case} {kind} {seed}")
             path = trial.work / "request.json"
-            ended = trial.attempt(before_run=lambda: KINDS[kind](path, draw))
+            ended = trial.attempt(before_run=lambda: change(path, KINDS[kind], draw))
             assert ended.code == 1, ended
+            assert json.loads((trial.work / "result.json").read_bytes())["retryable"]
             assert not (trial.work / "content").exists()
             assert trial.store.find(trial.request.fingerprint) is None
             trial.compare()
@@ -172,6 +191,7 @@ def test_the_metrics_of_a_killed_stage(play: Play, case: str) -> None:
         lines = path.read_bytes().split(b"\n")
         lines[1] = b"\xff" + lines[1][1:]
         path.write_bytes(b"\n".join(lines))
-        trial.finish()
+        trial.compare(but_metrics_of=2)
+        assert f"{path} line 2 is damaged" in trial.log_text()
 
     play(case, [Row("bit flipped", "metrics.jsonl", "line 2", body)])
