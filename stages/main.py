@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -39,6 +40,8 @@ class DamagedRequest(Exception):
 
 # Failures of the machine, which another attempt may not meet again.
 _TRANSIENT = (OSError, MemoryError, TimeoutError, DamagedRequest)
+_LITTLE_SPACE = 1 << 20
+"""Bytes; a disk with less is full."""
 
 
 def main() -> int:
@@ -63,7 +66,14 @@ def main() -> int:
         return 2
     except Exception as error:
         traceback.print_exc()
-        write_result(work_dir, "failed", _describe(error), retryable=isinstance(error, _TRANSIENT))
+        full = _disk_is_full(error, work_dir)
+        message = f"the disk is full: free space for {work_dir}, then run again; " if full else ""
+        write_result(
+            work_dir,
+            "failed",
+            f"{message}{type(error).__name__}: {error}",
+            retryable=isinstance(error, _TRANSIENT) and not full,
+        )
         return 1
     write_result(work_dir, "done", resumed_from_step=tracker.resumed_from_step)
     return 0
@@ -133,10 +143,11 @@ def _prepare_torch(request: AnyRequest) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _describe(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the disk ({error.filename}): free some, then run again"
-    return f"{type(error).__name__}: {error}"
+def _disk_is_full(error: Exception, work_dir: Path) -> bool:
+    """Whether space was missing: not every library raises the system's own error then."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return shutil.disk_usage(work_dir).free < _LITTLE_SPACE
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from tests.faults.house import House
 from tests.faults.matrix import Matrix
 from tests.faults.matrix import Trial as Entry
+from tests.faults.processes import launched
 from tests.faults.trials import Trial, describe, forked
 from tests.faults.zygote import Zygote
 
@@ -29,6 +31,7 @@ class Row:
     moment: str
     repeat: str
     body: Callable[[Trial], None]
+    how: Literal["forked", "process"] = "forked"
 
 
 Play = Callable[[str, Sequence[Row]], None]
@@ -97,7 +100,8 @@ def play(
         problem = ""
         trial = None
         try:
-            trial = Trial(house, case, folder, forked(zygote, folder))
+            run = forked(zygote, folder) if row.how == "forked" else launched
+            trial = Trial(house, case, folder, run)
             row.body(trial)
         except Exception as error:
             problem = describe(error) if str(error) else repr(error)
@@ -106,7 +110,7 @@ def play(
             trial.remove()
         finally:
             zygotes.put(zygote)
-        entry = Entry(row.fault, row.moment, case, "forked", row.repeat, not problem, problem)
+        entry = Entry(row.fault, row.moment, case, row.how, row.repeat, not problem, problem)
         matrix.add(entry)
         return f"{row.fault}, {row.moment} ({row.repeat}): {problem}{kept}" if problem else ""
 
