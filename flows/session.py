@@ -87,8 +87,23 @@ class Session:
             if artifact is None or self._put_aside(node, artifact):
                 return None
             self._note_identity(request)
+            self._tell_the_rest(artifact)
             self._accept(node, artifact, "reused", 0.0, None)
         return artifact
+
+    def _tell_the_rest(self, artifact: Artifact) -> None:
+        """Tell MLflow what an earlier try of this run could not, if it was stopped at its end."""
+        from infra.mlflow_tracking import ship_pending
+
+        run_id = artifact.mlflow_run_id
+        with self._tolerating_mlflow():
+            if run_id is None or not self.tracking.is_unfinished(run_id, self.mlflow_run_id):
+                return
+            work = self.store.work_folder / artifact.fingerprint
+            ship_pending(self.tracking, run_id, *_metrics_files(work, run_id))
+            if not isinstance(artifact, PromotionDecision):
+                self._log_artifact(run_id, artifact)
+            self.tracking.finish_run(run_id, "FINISHED")
 
     def _put_aside(self, node: Node, artifact: Artifact) -> bool:
         """Put away, once in a run, what other code has made, if that is asked for."""
@@ -193,10 +208,7 @@ class Session:
             self._note_identity(request)
             work = self.store.work_dir(request.fingerprint)
             shipper = MetricsShipper(
-                self.tracking,
-                mlflow_run_id,
-                work / "metrics.jsonl",
-                work / f"shipped-{mlflow_run_id}.json",
+                self.tracking, mlflow_run_id, *_metrics_files(work, mlflow_run_id)
             )
             with shipper, _log_quoted(work / "stage.log"):
                 outcome = run_stage(
@@ -208,16 +220,20 @@ class Session:
                 )
         artifact = outcome.artifact
         with self._tolerating_mlflow():
-            self.tracking.log_metrics(mlflow_run_id, artifact.metrics)
-            self.tracking.set_tags(mlflow_run_id, {"posttrain.sha256": artifact.sha256})
-            for name in _DOCUMENTS:
-                document = self.store.root / artifact.uri / name
-                if document.is_file():
-                    self.tracking.log_file(mlflow_run_id, document)
+            self._log_artifact(mlflow_run_id, artifact)
         status: StageStatus = "ran" if outcome.resumed_from_step is None else "resumed"
         seconds = self._spent.get(node.name, 0.0) + outcome.seconds
         self._accept(node, artifact, status, seconds, outcome.peak_memory_bytes)
         return artifact
+
+    def _log_artifact(self, mlflow_run_id: str, artifact: Artifact) -> None:
+        """The final numbers of a stage, its content digest, and what it says about its work."""
+        self.tracking.log_metrics(mlflow_run_id, artifact.metrics)
+        self.tracking.set_tags(mlflow_run_id, {"posttrain.sha256": artifact.sha256})
+        for name in _DOCUMENTS:
+            document = self.store.root / artifact.uri / name
+            if document.is_file():
+                self.tracking.log_file(mlflow_run_id, document)
 
     def _promote(self, node: Node, request: PromoteRequest, started: float) -> Artifact | None:
         from stages.promote import decide  # torch, for the bootstrap
@@ -369,6 +385,11 @@ def _log_quoted(log: Path) -> Iterator[None]:
         if lines and "\n  | " not in str(error):
             error.add_note("\n".join(f"  | {line}" for line in lines))
         raise
+
+
+def _metrics_files(work: Path, mlflow_run_id: str) -> tuple[Path, Path]:
+    """The metrics of a stage, and how far they have been shipped to a run."""
+    return work / "metrics.jsonl", work / f"shipped-{mlflow_run_id}.json"
 
 
 def _picked(artifact: Artifact | None, names: tuple[str, ...]) -> dict[str, float] | None:

@@ -69,6 +69,17 @@ class Tracking:
         """Close a run; it can be opened again."""
         self.client.set_terminated(run_id, status)
 
+    def is_unfinished(self, run_id: str, parent_run_id: str) -> bool:
+        """Whether this is a nested run of that parent, and was never closed as finished."""
+        try:
+            run = self.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        ours = run.data.tags.get(_PARENT_TAG) == parent_run_id
+        return bool(ours and run.info.status != "FINISHED")
+
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Log parameters, nested ones with dots. MLflow lets none be changed: the first stays."""
         known = self.client.get_run(run_id).data.params

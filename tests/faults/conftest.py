@@ -89,9 +89,7 @@ def house(root: Path, zygotes: queue.SimpleQueue[Zygote]) -> House:
 
 
 @pytest.fixture
-def play(
-    house: House, zygotes: queue.SimpleQueue[Zygote], root: Path, matrix: Matrix
-) -> Play:
+def play(house: House, zygotes: queue.SimpleQueue[Zygote], root: Path, matrix: Matrix) -> Play:
     """Makes trials of a stage, two at a time, notes them, and fails with what went wrong."""
 
     def one(case: str, row: Row) -> str:

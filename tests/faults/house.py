@@ -17,9 +17,9 @@ from schemas.artifacts import Artifact
 from schemas.fingerprint import parents
 from schemas.pipeline import PipelineConfig
 from schemas.requests import StageRequest
-from tests.faults.zygote import Zygote
+from tests.faults.zygote import ROOT, Zygote
 
-RECIPE = Path(__file__).parent / "recipe.yaml"
+RECIPE = ROOT / "tests" / "faults" / "recipe.yaml"
 ALGORITHMS = ("grpo", "ppo", "rloo", "dpo")
 TRAINING = (
     "train_sft",
@@ -101,9 +101,7 @@ class House:
         assert ended.code == 0, f"{ended}\n{(work / 'stage.log').read_text()[-4000:]}"
         artifact = self.store.find(request.fingerprint)
         assert artifact is not None
-        reference = Reference(
-            request, artifact, shipped_metrics(work), ended.cpu, ended.num_events
-        )
+        reference = Reference(request, artifact, shipped_metrics(work), ended.cpu, ended.num_events)
         self._references[name] = reference
         return reference
 
@@ -167,4 +165,3 @@ def _case(node: Node, algorithm: str) -> str:
     if node.stage in ("train_rl", "credit", "evaluate"):
         return f"{node.stage}:{algorithm}"
     return node.name
-

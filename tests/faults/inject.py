@@ -42,8 +42,9 @@ class Fault:
     """What happens, at the n-th event of a kind on a matching path."""
 
     do: str
-    """`kill`, `kill_parent`, `term`, `cut` (die inside the next write past `number` bytes), `clock`
-    (jump by `number` seconds), or the name of an errno that the operation fails with."""
+    """`kill`, `kill_parent`, `term`, `term_parent`, `interrupt_parent`, `cut` (die inside the next
+    write past `number` bytes), `clock` (jump by `number` seconds), or the name of an errno that the
+    operation fails with."""
     event: str = "any"
     """An audit event, `write` (a file opened for writing), `any`, or `before MODULE:NAME` and
     `after MODULE:NAME` for a call."""
@@ -145,6 +146,10 @@ def _strike(fault: Fault, text: str) -> None:
             Path(f"{fault.mark}.survived").touch()
         case "term":
             os.kill(os.getpid(), signal.SIGTERM)
+        case "term_parent":
+            os.kill(os.getppid(), signal.SIGTERM)
+        case "interrupt_parent":
+            os.kill(os.getppid(), signal.SIGINT)
         case "cut":
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

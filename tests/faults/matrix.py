@@ -38,7 +38,10 @@ class Matrix:
 
     def lines(self) -> list[str]:
         """The table in Markdown."""
-        header = ["| fault | moment | stage | how | trials | identical |", "|---|---|---|---|---|---|"]
+        header = [
+            "| fault | moment | stage | how | trials | identical |",
+            "|---|---|---|---|---|---|",
+        ]
         rows = [
             f"| {fault} | {moment} | {_stages(own)} | {how} | {len(own)} | {_verdict(own)} |"
             for (fault, moment, how), own in self._grouped()

@@ -46,8 +46,8 @@ def launched(work: Path, faults: Sequence[Fault], order: dict[str, Any]) -> Ende
         try:
             run_stage(request, store=store, on_line=lambda _: None, env=environment(own))
         except StageFailed as error:
-            assert error.exit_code is not None
-            assert error.retryable, error
+            if error.exit_code is None or not error.retryable:
+                raise
             code = error.exit_code
     return Ended(code, 0.0, time.monotonic() - started, 0, len(processes_of(work)))
 

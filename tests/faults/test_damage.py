@@ -38,7 +38,7 @@ KINDS: dict[str, Damage] = {"bit flipped": flip, "cut short": cut}
 
 
 def change(path: Path, damage: Damage, draw: random.Random) -> None:
-    """Damage a request where its fingerprint can tell: not where it runs, or who made its inputs."""
+    """Damage a request where its fingerprint can tell, and not in where it runs."""
     before = path.read_bytes()
     while _same_work(path):
         path.write_bytes(before)
@@ -140,7 +140,9 @@ def test_the_content_of_an_input(play: Play, case: str) -> None:
     play(case, [row(kind, seed) for kind in KINDS for seed in range(2)])
 
 
-@pytest.mark.parametrize("case", [pytest.param("train_sft", marks=pytest.mark.slow), "evaluate:grpo"])
+@pytest.mark.parametrize(
+    "case", [pytest.param("train_sft", marks=pytest.mark.slow), "evaluate:grpo"]
+)
 def test_a_finished_artifact(play: Play, case: str) -> None:
     """Any of its files: it is put in quarantine, and the stage is run again."""
 
