@@ -1,4 +1,4 @@
-"""Trials whose processes are started as a user's are: slower, and nothing is forked from a zygote."""
+"""Trials with processes that are started as a user's are: slower, nothing forked from a zygote."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from infra.files import disk_full_named
 from schemas.data import DataSource
 from schemas.fingerprint import fingerprint
 from schemas.requests import PrepareDataRequest, Runtime
+from stages import main
 
 
 @pytest.mark.slow
@@ -42,3 +45,16 @@ def test_a_changed_request_is_refused_and_tried_again(
     assert message in result["message"]
     assert result["retryable"]
     assert not (tmp_path / "content").exists()
+
+
+def test_a_full_disk_is_seen_whatever_a_library_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main._disk_is_full(OSError(errno.ENOSPC, "full"), tmp_path)
+    with pytest.raises(OSError, match="full") as caught, disk_full_named(tmp_path):
+        raise OSError(errno.EDQUOT, "quota")
+    assert main._disk_is_full(caught.value, tmp_path)
+    assert not main._disk_is_full(OSError(errno.EIO, "lost"), tmp_path)
+    assert not main._disk_is_full(RuntimeError("file write failed"), tmp_path)
+    monkeypatch.setattr(main, "_LITTLE_SPACE", 1 << 62)
+    assert main._disk_is_full(RuntimeError("file write failed"), tmp_path)
