@@ -37,6 +37,12 @@ class Row:
 Play = Callable[[str, Sequence[Row]], None]
 
 
+def sampled(cases: Sequence[str], *sample: str) -> list[object]:
+    """Cases as parameters, those of `make test` marked slow."""
+    assert set(sample) <= set(cases)
+    return [pytest.param(c, marks=pytest.mark.slow) if c in sample else c for c in cases]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without `-m faults` only the sample is run."""
     if "faults" in (config.getoption("markexpr") or ""):

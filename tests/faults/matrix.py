@@ -8,6 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
 
+HOW = {
+    "forked": "the stage's own entry point in a child forked from a process with its imports done",
+    "process": "`python -m stages.main`, started by `infra.launch.run_stage`",
+    "session": "a whole run without Prefect, with a real MLflow database, forked likewise",
+    "command": "`posttrain run` with its Prefect server, its MLflow database and its processes",
+}
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -17,7 +24,7 @@ class Trial:
     moment: str
     stage: str
     how: str
-    """What was real: `forked`, `process`, `session` or `command`; see README.md beside this."""
+    """What was real: a key of `HOW`."""
     repeat: str
     """Seed or number that makes the same trial again."""
     identical: bool
@@ -52,7 +59,8 @@ class Matrix:
             by_kind[trial.how] = by_kind.get(trial.how, 0) + 1
         kinds = ", ".join(f"{count} {how}" for how, count in sorted(by_kind.items()))
         total = f"{len(self.trials)} trials ({kinds}); {failed} not identical."
-        return [*header, *rows, "", total]
+        legend = [f"- {how}: {what}" for how, what in HOW.items() if how in by_kind]
+        return [*header, *rows, "", total, "", *legend]
 
     def write(self, path: Path) -> None:
         """Write every trial as JSON, or the table as Markdown, by the name's ending."""

@@ -11,7 +11,7 @@ import pytest
 
 from schemas.fingerprint import fingerprint
 from schemas.requests import request_adapter
-from tests.faults.conftest import Play, Row
+from tests.faults.conftest import Play, Row, sampled
 from tests.faults.house import TRAINING
 from tests.faults.inject import Fault
 from tests.faults.trials import Trial
@@ -62,14 +62,7 @@ def with_two_checkpoints(trial: Trial) -> list[Path]:
     return folders
 
 
-def sampled() -> list[object]:
-    return [
-        pytest.param(case, marks=pytest.mark.slow) if case == "train_rl:ppo" else case
-        for case in TRAINING
-    ]
-
-
-@pytest.mark.parametrize("case", sampled())
+@pytest.mark.parametrize("case", sampled(TRAINING, "train_rl:grpo"))
 def test_a_checkpoint(play: Play, case: str) -> None:
     """Each file of the newest one in turn: the one before is used, and the log says why."""
 
@@ -91,7 +84,7 @@ def test_a_checkpoint(play: Play, case: str) -> None:
     play(case, [row(kind, name) for kind in KINDS for name in names])
 
 
-@pytest.mark.parametrize("case", sampled())
+@pytest.mark.parametrize("case", TRAINING)
 def test_every_checkpoint(play: Play, case: str) -> None:
     """The stage begins at the start, and the log says that no checkpoint was fit."""
 
@@ -140,9 +133,7 @@ def test_the_content_of_an_input(play: Play, case: str) -> None:
     play(case, [row(kind, seed) for kind in KINDS for seed in range(2)])
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param("train_sft", marks=pytest.mark.slow), "evaluate:grpo"]
-)
+@pytest.mark.parametrize("case", sampled(("train_sft", "evaluate:grpo"), "train_sft"))
 def test_a_finished_artifact(play: Play, case: str) -> None:
     """Any of its files: it is put in quarantine, and the stage is run again."""
 

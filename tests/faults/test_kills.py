@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.faults.conftest import Play, Row
+from tests.faults.conftest import Play, Row, sampled
 from tests.faults.house import OTHERS, TRAINING
 from tests.faults.inject import Fault
 from tests.faults.moments import CHECKPOINT, PUBLISH
@@ -17,15 +17,7 @@ pytestmark = pytest.mark.faults
 
 _ENDS = {"kill": -signal.SIGKILL, "cut": -signal.SIGXFSZ}
 _NUM_SEEDS = 6
-_IN_THE_SAMPLE = ("train_sft", "train_rl:grpo", "evaluate:grpo")
-
-
-def sampled(cases: tuple[str, ...]) -> list[object]:
-    """The cases, those of the sample marked slow."""
-    return [
-        pytest.param(case, marks=pytest.mark.slow) if case in _IN_THE_SAMPLE else case
-        for case in cases
-    ]
+CASES = (*TRAINING, *OTHERS)
 
 
 def killed_at(fault: Fault, moment: str) -> Row:
@@ -38,13 +30,13 @@ def killed_at(fault: Fault, moment: str) -> Row:
     return Row("kill -9", moment, moment, body)
 
 
-@pytest.mark.parametrize("case", sampled((*TRAINING, *OTHERS)))
+@pytest.mark.parametrize("case", sampled(CASES, "train_sft", "train_rl:grpo", "evaluate:grpo"))
 def test_at_the_worst_moments(play: Play, case: str) -> None:
     moments = PUBLISH | (CHECKPOINT if case in TRAINING else {})
     play(case, [killed_at(fault, moment) for moment, fault in moments.items()])
 
 
-@pytest.mark.parametrize("case", sampled((*TRAINING, *OTHERS)))
+@pytest.mark.parametrize("case", sampled(CASES, "train_rl:grpo"))
 def test_at_random_operations_on_files(play: Play, case: str) -> None:
     """Up to three kills one after the other, each at any operation on a file of the store."""
 
@@ -65,7 +57,7 @@ def test_at_random_operations_on_files(play: Play, case: str) -> None:
     play(case, [row(seed) for seed in range(_NUM_SEEDS)])
 
 
-@pytest.mark.parametrize("case", sampled((*TRAINING, *OTHERS)))
+@pytest.mark.parametrize("case", sampled(CASES, "evaluate:grpo"))
 def test_at_random_times(play: Play, case: str) -> None:
     """A kill from outside after a random share of the stage's processor time."""
 

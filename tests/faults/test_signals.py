@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from stages.termination import EXIT_CODE
-from tests.faults.conftest import Play, Row
+from tests.faults.conftest import Play, Row, sampled
 from tests.faults.house import OTHERS, TRAINING
 from tests.faults.inject import Fault
 from tests.faults.trials import Trial
@@ -17,12 +17,7 @@ from tests.faults.trials import Trial
 pytestmark = pytest.mark.faults
 
 
-def sampled(cases: tuple[str, ...]) -> list[object]:
-    marked = [pytest.param(c, marks=pytest.mark.slow) for c in cases if c == "train_rl:dpo"]
-    return [*marked, *(case for case in cases if case != "train_rl:dpo")]
-
-
-@pytest.mark.parametrize("case", sampled(TRAINING))
+@pytest.mark.parametrize("case", sampled(TRAINING, "train_rl:grpo"))
 def test_in_a_step(play: Play, case: str) -> None:
     """The step is finished and kept, whatever `checkpoint_every` says."""
 
@@ -43,7 +38,7 @@ def test_in_a_step(play: Play, case: str) -> None:
     play(case, [row(step) for step in (1, 5)])
 
 
-@pytest.mark.parametrize("case", sampled((*TRAINING, *OTHERS)))
+@pytest.mark.parametrize("case", [*TRAINING, *OTHERS])
 def test_at_random_times(play: Play, case: str) -> None:
     def row(seed: int) -> Row:
         def body(trial: Trial) -> None:

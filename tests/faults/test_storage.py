@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Play, Row
+from tests.faults.conftest import Play, Row, sampled
 from tests.faults.house import OTHERS, TRAINING
 from tests.faults.inject import Fault
 from tests.faults.trials import Trial
@@ -83,9 +83,7 @@ def test_a_disk_that_is_really_full(play: Play, case: str) -> None:
     play(case, [row(seed) for seed in range(2)])
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param("train_sft", marks=pytest.mark.slow), *TRAINING[1:], *OTHERS]
-)
+@pytest.mark.parametrize("case", sampled((*TRAINING, *OTHERS), "train_sft"))
 def test_an_operation_that_finds_the_disk_full(play: Play, case: str) -> None:
     """At any file that is opened for writing."""
 
