@@ -12,13 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from pydantic import Field
 
 from infra.files import write_atomic
-from infra.mlflow_uri import artifact_location
+from infra.mlflow_uri import artifact_location, open_client
 from infra.tracking import parse_line
 from schemas.base import Frozen
 
@@ -47,7 +46,7 @@ class Tracking:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self.client = open_client(uri)
 
     def open_pipeline_run(self, experiment: str, run_name: str, tags: Mapping[str, str]) -> str:
         """Open the run whose tag `posttrain.run` is in `tags`, or make it; returns its id."""

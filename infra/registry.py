@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 
 from infra.files import file_lock
 from infra.manifest import CorruptArtifact, build_manifest, manifest_digest
+from infra.mlflow_uri import open_client
 from schemas.artifacts import PolicyCheckpoint
 from schemas.base import UserError
 
@@ -47,7 +47,7 @@ class Registry:
 
     def __init__(self, uri: str, locks: Path) -> None:
         self.uri = uri
-        self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self.client = open_client(uri)
         self._locks = locks
 
     def register(

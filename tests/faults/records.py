@@ -11,9 +11,6 @@ from infra.environment import Home
 from infra.mlflow_tracking import metric_name
 from tests.faults.house import Metrics
 
-_OF_A_RUN = ("posttrain.run", "posttrain.mlflow", "mlflow.", "posttrain.decided")
-"""Beginnings of tags that hold names and ids of the very run."""
-
 
 def client_of(home: Home) -> MlflowClient:
     """The client of a home's own database."""
@@ -50,6 +47,13 @@ def runs_of(home: Home) -> dict[str, list[str]]:
         name = run.data.tags["posttrain.stage"] if nested else "pipeline"
         found.setdefault(name, []).append(run.info.status)
     return found
+
+
+def own_runs(home: Home) -> set[str]:
+    """Ids of the runs in a home's database."""
+    client = client_of(home)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    return {run.info.run_id for run in client.search_runs(experiments)}
 
 
 def check_metrics(home: Home, stage: str, expected: Metrics) -> None:
