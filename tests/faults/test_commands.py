@@ -312,7 +312,7 @@ def test_the_run_is_stopped_by_a_signal(make: Make, matrix: Matrix, algorithm: s
         command.compare()
 
 
-@pytest.mark.parametrize("others", [("grpo", "grpo"), ("grpo", "dpo")])
+@pytest.mark.parametrize("others", [("dpo", "dpo"), ("grpo", "dpo")], ids=" and ".join)
 def test_two_runs_at_once(make: Make, matrix: Matrix, others: tuple[str, str]) -> None:
     """What both need is worked on by one, while the other waits and then reuses it.
 
