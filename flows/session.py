@@ -238,8 +238,14 @@ class Session:
     def _promote(self, node: Node, request: PromoteRequest, started: float) -> Artifact | None:
         from stages.promote import decide  # torch, for the bootstrap
 
-        self._note_identity(request)
-        decision = self.archive.promote(request, decide, self.mlflow_run_id)
+        with self.store.lock(request.fingerprint, on_wait=self.watcher.note):
+            # Another run may have decided while this one waited.
+            found = self.archive.finished(request, verify=True)
+            if found is not None:
+                self._accept(node, found, "reused", 0.0, None)
+                return found
+            self._note_identity(request)
+            decision = self.archive.promote(request, decide, self.mlflow_run_id)
         if decision is None:
             self.watcher.note(
                 f"another model became the champion of {self.config.registry.name} meanwhile; "
