@@ -58,6 +58,23 @@ def test_what_a_stopped_run_could_not_tell_is_told_when_the_stage_is_reused(
     assert _sft_run(home).info.end_time == ended
 
 
+def test_a_decision_that_another_run_has_made_meanwhile_is_taken(
+    tracked_home: Home, stages: Any, files_recipe: Path
+) -> None:
+    home, config = tracked_home, load_recipe(str(files_recipe))
+    with open_session(config, home) as first:
+        work_through(first)
+    with open_session(config, home) as second:
+        *before, promote = second.nodes
+        for node in before:
+            assert second.reuse(node) is not None
+        # It was not there when this run looked; it is now.
+        decision = second.execute(promote, lambda _: None)
+        assert decision == first.artifacts["promote"]
+        assert second.run.record.stages[-1].status == "reused"
+    assert not home.store.quarantine_folder.exists()
+
+
 def _sft_run(home: Home) -> Any:
     client = MlflowClient(tracking_uri=home.mlflow_uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
