@@ -24,7 +24,7 @@ SMOLLM2_REDUCED := \
   evaluation.sampling.max_completion_tokens=160
 SOURCES := flows stages schemas infra
 
-.PHONY: quickstart smollm2 test test-fast test-servers fuzz test-trl test-vllm mutation lint format clean
+.PHONY: quickstart smollm2 test test-fast test-faults test-servers fuzz test-trl test-vllm mutation lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/posttrain run quickstart
@@ -47,6 +47,12 @@ fuzz: $(VENV)/.test
 # Real servers that are killed and restarted under real runs, and PostgreSQL behind both of them.
 test-servers: $(VENV)/.test
 	$(BIN)/python -m pytest -m servers
+
+# Every stage killed, starved, cut off and lied to, and compared to the bit with one that was left
+# alone. The table goes to the end of the output, and to $(FAULT_MATRIX).
+FAULT_MATRIX ?= fault-matrix.md
+test-faults: $(VENV)/.test
+	POSTTRAIN_FAULT_MATRIX=$(FAULT_MATRIX) $(BIN)/python -m pytest tests/faults -m faults
 
 # Losses and gradients side by side with TRL, which wants another transformers than the project.
 test-trl: $(VENV)-trl/.installed

@@ -106,8 +106,21 @@ class Session:
             if artifact is None or self._put_aside(node, artifact):
                 return None
             self._note_identity(request)
+            self._tell_the_rest(artifact)
             self._accept(node, artifact, "reused", 0.0, None)
         return artifact
+
+    def _tell_the_rest(self, artifact: Artifact) -> None:
+        """Tell MLflow what an earlier try of this run could not, if it was stopped at its end."""
+        key = artifact.fingerprint
+        with self._tolerating_tracking():
+            if not self.tracking.is_unfinished(key):
+                return
+            with self.tracking.metrics_of(key, self.store.work_folder / key / "metrics.jsonl"):
+                pass  # all of it is there
+            if not isinstance(artifact, PromotionDecision):
+                self._log_artifact(key, artifact)
+            self.tracking.finish(key, "FINISHED")
 
     def _put_aside(self, node: Node, artifact: Artifact) -> bool:
         """Put away, once in a run, what other code has made, if that is asked for."""
@@ -260,25 +273,35 @@ class Session:
                 )
         artifact = outcome.artifact
         with self._tolerating_tracking():
-            self.tracking.log_metrics(key, artifact.metrics)
-            self.tracking.set_tags(key, {"posttrain.sha256": artifact.sha256})
-            for name in _DOCUMENTS:
-                document = self.store.root / artifact.uri / name
-                if document.is_file():
-                    self.tracking.log_file(key, document)
+            self._log_artifact(key, artifact)
         self._note_interventions(node, artifact)
         status: StageStatus = "ran" if outcome.resumed_from_step is None else "resumed"
         seconds = self._spent.get(node.name, 0.0) + outcome.seconds
         self._accept(node, artifact, status, seconds, outcome.peak_memory_bytes)
         return artifact
 
+    def _log_artifact(self, key: str, artifact: Artifact) -> None:
+        """The final numbers of a stage, its content digest, and what it says about its work."""
+        self.tracking.log_metrics(key, artifact.metrics)
+        self.tracking.set_tags(key, {"posttrain.sha256": artifact.sha256})
+        for name in _DOCUMENTS:
+            document = self.store.root / artifact.uri / name
+            if document.is_file():
+                self.tracking.log_file(key, document)
+
     def _promote(self, node: Node, request: PromoteRequest, started: float) -> Artifact | None:
         from stages.promote import decide  # torch, for the bootstrap
 
-        self._note_identity(request)
-        # A registered version names the run that it comes from.
-        run_id = self.tracking.delivered_run_id(self.config.compute.registry_timeout)
-        decision = self.archive.promote(request, decide, run_id)
+        with self.store.lock(request.fingerprint, on_wait=self.watcher.note):
+            # Another run may have decided while this one waited.
+            found = self.archive.finished(request, verify=True)
+            if found is not None:
+                self._accept(node, found, "reused", 0.0, None)
+                return found
+            self._note_identity(request)
+            # A registered version names the run that it comes from.
+            run_id = self.tracking.delivered_run_id(self.config.compute.registry_timeout)
+            decision = self.archive.promote(request, decide, run_id)
         if decision is None:
             self.watcher.note(
                 f"another model became the champion of {self.config.registry.name} meanwhile; "

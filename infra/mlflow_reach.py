@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
+from infra.mlflow_database import make_database
 from infra.mlflow_uri import is_server, without_password
 from infra.unavailable import TrackingUnavailable
 
@@ -94,6 +95,7 @@ class ReachingClient:
 
     @functools.cached_property
     def _client(self) -> MlflowClient:
+        make_database(self._uri)
         # A database is opened here: that fails, too, where it is away.
         return MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
 

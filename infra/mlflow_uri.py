@@ -13,9 +13,13 @@ def artifact_location(uri: str) -> str | None:
 
     Without it MLflow would write `mlruns` in whatever folder the program was started in.
     """
-    if not uri.startswith(_SQLITE):
-        return None
-    return (Path(uri.removeprefix(_SQLITE)).absolute().parent / "artifacts").as_uri()
+    path = local_database(uri)
+    return None if path is None else (path.parent / "artifacts").as_uri()
+
+
+def local_database(uri: str) -> Path | None:
+    """The file of a local database, or None."""
+    return Path(uri.removeprefix(_SQLITE)).absolute() if uri.startswith(_SQLITE) else None
 
 
 def is_server(uri: str) -> bool:

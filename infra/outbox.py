@@ -199,6 +199,14 @@ class Outbox:
                     continue
                 yield operation, offset
 
+    def is_unfinished(self, key: str) -> bool:
+        """Whether a run was opened, and not closed as finished since."""
+        found = False
+        for operation, _ in self.read(0):
+            if operation.run == key and isinstance(operation, OpenStageRun | Finish):
+                found = not (isinstance(operation, Finish) and operation.status == "FINISHED")
+        return found
+
     def size(self) -> int:
         """Bytes of the operations."""
         return self.path.stat().st_size if self.path.exists() else 0

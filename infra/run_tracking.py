@@ -68,6 +68,10 @@ class RunTracking:
         """Keep a small file with a run."""
         self._say(Document(run=key, path=self.outbox.keep(path)))
 
+    def is_unfinished(self, key: str) -> bool:
+        """Whether a stage was begun by this run, or an earlier try of it, and not closed as done."""
+        return self.outbox.is_unfinished(key)
+
     def finish(self, key: str, status: RunStatus) -> None:
         """Close a run; it can be opened again."""
         self._say(Finish(run=key, status=status, time=time.time()))

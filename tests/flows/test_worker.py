@@ -361,7 +361,7 @@ def test_a_run_is_suspended_until_somebody_approves(
         registry = Archive(home, "files").registry
         assert registry.version("files", "1").aliases == ("challenger",)
         # Its process has ended: the worker waits for nothing.
-        wait_for(lambda: not _flow_processes(worker_process.pid), 60, asks.log)
+        wait_for(lambda: not _flow_processes(worker_process.process.pid), 60, asks.log)
 
         # It holds no slot: another run of the deployment starts, and finds nothing new to do.
         second = server.start_run("asks")
