@@ -24,7 +24,7 @@ SMOLLM2_REDUCED := \
   evaluation.sampling.max_completion_tokens=160
 SOURCES := flows stages schemas infra
 
-.PHONY: quickstart smollm2 test test-fast fuzz test-trl test-vllm mutation lint format clean
+.PHONY: quickstart smollm2 test test-fast test-faults test-servers fuzz test-trl test-vllm mutation lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/posttrain run quickstart
@@ -34,7 +34,7 @@ smollm2: $(VENV)/.smollm2
 	$(BIN)/posttrain run smollm2-gsm8k $(addprefix --set ,$(SMOLLM2_REDUCED))
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not servers"
 
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow"
@@ -43,6 +43,16 @@ test-fast: $(VENV)/.test
 FUZZ_EXAMPLES ?= 1000
 fuzz: $(VENV)/.test
 	POSTTRAIN_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz --timeout 3600
+
+# Real servers that are killed and restarted under real runs, and PostgreSQL behind both of them.
+test-servers: $(VENV)/.test
+	$(BIN)/python -m pytest -m servers
+
+# Every stage killed, starved, cut off and lied to, and compared to the bit with one that was left
+# alone. The table goes to the end of the output, and to $(FAULT_MATRIX).
+FAULT_MATRIX ?= fault-matrix.md
+test-faults: $(VENV)/.test
+	POSTTRAIN_FAULT_MATRIX=$(FAULT_MATRIX) $(BIN)/python -m pytest tests/faults -m faults
 
 # Losses and gradients side by side with TRL, which wants another transformers than the project.
 test-trl: $(VENV)-trl/.installed

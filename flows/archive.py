@@ -54,17 +54,27 @@ Judge = Callable[[PromoteRequest, Store], Sequence[GateCheck]]
 class Archive:
     """The store and the registry of a home, as one registered model sees them."""
 
-    def __init__(self, home: Home, model: str) -> None:
+    def __init__(
+        self,
+        home: Home,
+        model: str,
+        *,
+        patience: float = 0.0,
+        on_wait: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """patience: seconds to wait for a registry that is away; `on_wait` is told of a wait."""
         self.home = home
         self.model = model
         self.store = home.store
+        self._patience = patience
+        self._on_wait = on_wait
 
     @functools.cached_property
     def registry(self) -> Registry:
         """The registry; only what needs it pays for importing MLflow."""
         from infra.registry import Registry
 
-        return Registry(self.home.mlflow_uri, self.home.locks)
+        return Registry(self.home.mlflow_uri, self.home.locks, self._patience, self._on_wait)
 
     def finished(self, request: StageRequest, *, verify: bool = False) -> Artifact | None:
         """The artifact of a request whose work is done, or None.
@@ -151,7 +161,11 @@ class Archive:
                 return decided
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             said = said or Approval(
-                granted=granted, by=by, reason=redact(reason), when=when, decision=decided.fingerprint
+                granted=granted,
+                by=by,
+                reason=redact(reason),
+                when=when,
+                decision=decided.fingerprint,
             )
             request = self._waiting_request(decided, said)
             if not _judged_against(request.report, self.incumbent(request.candidate)):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -23,6 +23,7 @@ from schemas.base import UserError
 if TYPE_CHECKING:
     from flows.plan import Plan
     from flows.runs import RunRecord
+    from flows.sync import Synced
     from infra.environment import Home
     from schemas.pipeline import PipelineConfig
 
@@ -61,6 +62,31 @@ TimezoneOption = Annotated[
 ]
 NameOption = Annotated[
     str | None, typer.Option("--name", help="Name of the deployment; else the recipe's.")
+]
+CatchupOption = Annotated[
+    Literal["latest", "skip"],
+    typer.Option(
+        "--catchup", help="Of the runs that were missed, run the newest, or skip them all."
+    ),
+]
+LateOption = Annotated[
+    float,
+    typer.Option(
+        "--late-after", metavar="SECONDS", min=1, help="With skip: so late is a run missed."
+    ),
+]
+RecoveriesOption = Annotated[
+    int,
+    typer.Option("--recoveries", min=0, help="How often a run whose process died is brought back."),
+]
+SilenceOption = Annotated[
+    float,
+    typer.Option(
+        "--silence",
+        metavar="SECONDS",
+        min=90,
+        help="A run that gives no sign of life for so long has crashed.",
+    ),
 ]
 
 
@@ -102,9 +128,10 @@ def run(
             if as_json:
                 _print_json(_plan_document(plan))
             return
-        record = _reused(config, place, plan, console)
-        if record is None:
-            record = _run(config, place, console, rerun_changed_code)
+        with _syncing(place, console):
+            record = _reused(config, place, plan, console)
+            if record is None:
+                record = _run(config, place, console, rerun_changed_code)
         _show(record, place, console, as_json)
 
 
@@ -120,6 +147,13 @@ def deploy(
     timezone: TimezoneOption = None,
     set_: SetOption = None,
     name: NameOption = None,
+    catchup: CatchupOption = "latest",
+    late_after: LateOption = 3600.0,
+    recoveries: RecoveriesOption = 3,
+    silence: SilenceOption = 300.0,
+    paused: Annotated[
+        bool, typer.Option("--paused", help="Register it without starting its schedule.")
+    ] = False,
     pause: Annotated[
         bool | None,
         typer.Option("--pause/--resume", help="Only pause an existing schedule, or go on with it."),
@@ -128,7 +162,7 @@ def deploy(
 ) -> None:
     """Schedule a recipe on a Prefect work pool, one run at a time, on the data of the day."""
     with _exit_codes():
-        from flows.deploy import build_deployment, set_paused
+        from flows.deploy import Schedule, build_deployment, set_paused
         from flows.deploy import deploy as register
         from flows.recipes import load_recipe
 
@@ -140,11 +174,12 @@ def deploy(
             return
         if cron is None or pool is None:
             raise UserError("--cron and --work-pool are needed to schedule a recipe")
-        full_name = register(
-            build_deployment(config, place, name=name or config.name, cron=cron, timezone=timezone),
-            pool,
-        )
-        typer.echo(f"{full_name} runs at {cron} ({timezone or 'UTC'}) on work pool {pool}")
+        schedule = Schedule(cron, timezone, catchup, late_after, recoveries, silence)
+        made = build_deployment(config, place, name=name or config.name, schedule=schedule)
+        is_paused = register(made, pool, schedule, paused=paused)
+        typer.echo(f"{made.full_name} runs at {cron} ({timezone or 'UTC'}) on work pool {pool}")
+        if is_paused:
+            typer.echo(f"it is paused: posttrain deploy {recipe} --resume starts it")
         typer.echo(f"a worker for it: prefect worker start --pool {pool} --type process")
 
 
@@ -155,22 +190,25 @@ def serve(
     timezone: TimezoneOption = None,
     set_: SetOption = None,
     name: NameOption = None,
+    catchup: CatchupOption = "latest",
+    late_after: LateOption = 3600.0,
+    recoveries: RecoveriesOption = 3,
+    silence: SilenceOption = 300.0,
     home: HomeOption = None,
 ) -> None:
     """Run a recipe on a schedule from this process, without a work pool, until it is stopped."""
     with _exit_codes():
-        from flows.deploy import build_deployment
+        from flows.deploy import Schedule, build_deployment
         from flows.deploy import serve as run_forever
         from flows.recipes import load_recipe
 
         config = load_recipe(recipe, set_)
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
         place = _prefect_server(home)
-        deployment = build_deployment(
-            config, place, name=name or config.name, cron=cron, timezone=timezone
-        )
+        schedule = Schedule(cron, timezone, catchup, late_after, recoveries, silence)
+        deployment = build_deployment(config, place, name=name or config.name, schedule=schedule)
         typer.echo(f"{deployment.full_name} runs at {cron} ({timezone or 'UTC'}); Ctrl-C ends it")
-        run_forever(deployment)
+        run_forever(deployment, schedule)
 
 
 @app.command()
@@ -224,6 +262,20 @@ def runs(home: HomeOption = None, as_json: JsonOption = False) -> None:
             make_console(stderr=False).print(runs_table(records))
         else:
             make_console(stderr=False).print("Nothing has run here yet.")
+
+
+@app.command()
+def sync(home: HomeOption = None) -> None:
+    """Tell MLflow what runs could not tell it while it was away."""
+    with _exit_codes("what waits is kept"):
+        from flows import sync as outboxes
+
+        place = _home(home)
+        records = outboxes.waiting(place)
+        if not records:
+            typer.echo("MLflow has been told everything.")
+        for one in outboxes.sync(place, records):
+            typer.echo(_synced_text(one))
 
 
 @app.command()
@@ -384,6 +436,18 @@ def main() -> None:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     app()
+
+
+def _syncing(place: Home, console: Console) -> contextlib.AbstractContextManager[None]:
+    from flows.sync import syncing
+
+    return syncing(place, lambda one: console.print(Text(_synced_text(one))))
+
+
+def _synced_text(one: Synced) -> str:
+    if one.at_work:
+        return f"{one.run}: at work, and tells MLflow itself"
+    return f"{one.run}: MLflow has now been told what it had missed ({one.sent} entries)"
 
 
 def _explain(

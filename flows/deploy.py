@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+from uuid import UUID
 
-from infra.environment import Home
+from flows.catchup import Catchup
+from flows.recovery import HEARTBEAT_SECONDS, set_recovery
+from infra.environment import PREFECT_RETRIES, Home
 from schemas.base import UserError
 from schemas.pipeline import PipelineConfig
 
@@ -17,6 +23,15 @@ if TYPE_CHECKING:
 
 DEFAULT_API = "http://127.0.0.1:4200/api"
 """Where `prefect server start` listens unless it is told otherwise."""
+_PROCESS = {
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+    "PREFECT_CLIENT_MAX_RETRIES": PREFECT_RETRIES,
+}
+"""What the process of a scheduled run finds in its environment."""
+_LEASES = (
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem"
+)
+"""Else a server that is restarted forgets who holds a slot, and the slot is never free again."""
 
 
 def require_server(url: str, home: Home) -> None:
@@ -31,18 +46,36 @@ def require_server(url: str, home: Home) -> None:
     except (urllib.error.URLError, OSError, ValueError):
         raise UserError(
             f"no Prefect server answers at the address in PREFECT_API_URL (default {DEFAULT_API}): "
-            f"start one with PREFECT_HOME={home.prefect_home} prefect server start, "
+            f"start one with PREFECT_HOME={home.prefect_home} {_LEASES} prefect server start, "
             "or set PREFECT_API_URL"
         ) from None
 
 
-def build_deployment(
-    config: PipelineConfig, home: Home, *, name: str, cron: str, timezone: str | None
-) -> RunnerDeployment:
-    """The deployment of a recipe: one run at a time, and a run that meets another is dropped.
+@dataclass(frozen=True)
+class Schedule:
+    """When a recipe runs, and what becomes of runs that were missed or have crashed."""
 
-    Nights that were missed while no worker was there are so run once: the first of the late runs
-    takes the data as they are, the others meet it, or find nothing new.
+    cron: str
+    """When it runs, in five fields."""
+    timezone: str | None = None
+    """Name of a time zone; None is UTC."""
+    catchup: Catchup = "latest"
+    """What becomes of runs that were missed: the newest of them is run, or none."""
+    late_after: float = 3600.0
+    """Seconds after which a run that did not start counts as missed, for `skip`."""
+    recoveries: int = 3
+    """How often a run whose process died is brought back."""
+    silence: float = 300.0
+    """Seconds without a sign of life after which a run counts as crashed."""
+
+
+def build_deployment(
+    config: PipelineConfig, home: Home, *, name: str, schedule: Schedule
+) -> RunnerDeployment:
+    """The deployment of a recipe: one run at a time.
+
+    A run that meets another waits for it where the newest of the missed runs is made up for, and
+    is dropped where missed runs are skipped.
     """
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.deployments.runner import RunnerDeployment
@@ -54,28 +87,38 @@ def build_deployment(
     # Relative to where the recipe was deployed, not to where a worker happens to run.
     root = str(Path(config.data.root).expanduser().absolute())
     config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
+    waits = schedule.catchup == "latest"
+    collision = ConcurrencyLimitStrategy.ENQUEUE if waits else ConcurrencyLimitStrategy.CANCEL_NEW
     try:
         return RunnerDeployment.from_flow(
             scheduled,
             name=name,
-            schedule=Cron(cron, timezone=timezone),
-            parameters={"config": config.model_dump(mode="json"), "home": str(home.root)},
+            schedule=Cron(schedule.cron, timezone=schedule.timezone),
+            parameters={
+                "config": config.model_dump(mode="json"),
+                "home": str(home.root),
+                "catchup": schedule.catchup,
+                "late_after": schedule.late_after,
+            },
             description=config.description or None,
             tags=["posttrain", config.name],
-            concurrency_limit=ConcurrencyLimitConfig(
-                limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
-            ),
+            concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=collision),
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
     except ValueError as error:
-        zone = f" in time zone {timezone}" if timezone else ""
-        raise UserError(f"--cron {cron!r}{zone} is no schedule: {_first_line(error)}") from error
+        zone = f" in time zone {schedule.timezone}" if schedule.timezone else ""
+        raise UserError(
+            f"--cron {schedule.cron!r}{zone} is no schedule: {_first_line(error)}"
+        ) from error
 
 
-def deploy(deployment: RunnerDeployment, pool: str) -> str:
-    """Register a deployment on a work pool, which is made if it is missing; its full name.
+def deploy(
+    deployment: RunnerDeployment, pool: str, schedule: Schedule, *, paused: bool = False
+) -> bool:
+    """Register a deployment on a work pool, which is made if it is missing.
 
-    Runs start in the folder that this is called from: the user's functions are found there.
+    Runs start in the folder that this is called from: the user's functions are found there. A
+    deployment that was paused stays so. Returns whether it is.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
@@ -87,16 +130,28 @@ def deploy(deployment: RunnerDeployment, pool: str) -> str:
             client.read_work_pool(pool)
         except ObjectNotFound:
             client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+        with contextlib.suppress(ObjectNotFound):
+            paused = paused or client.read_deployment_by_name(deployment.full_name).paused
+    deployment.paused = paused
     deployment.storage = LocalStorage(str(Path.cwd()))
-    deployment.apply(work_pool_name=pool)
-    return deployment.full_name
+    deployment.job_variables = {"env": _PROCESS}
+    _apply(deployment, pool, schedule)
+    return paused
 
 
-def serve(deployment: RunnerDeployment) -> None:
+def serve(deployment: RunnerDeployment, schedule: Schedule) -> None:
     """Serve a deployment until this process is stopped; its schedule is paused then."""
     import prefect
 
+    os.environ.update(_PROCESS)  # which the processes of the runs inherit
+    _apply(deployment, None, schedule)
     prefect.serve(deployment, limit=1, print_starting_message=False)
+
+
+def _apply(deployment: RunnerDeployment, pool: str | None, schedule: Schedule) -> None:
+    deployment_id = deployment.apply(work_pool_name=pool)
+    assert isinstance(deployment_id, UUID)  # and not the coroutine of an asynchronous caller
+    set_recovery(deployment_id, deployment.full_name, schedule.recoveries, schedule.silence)
 
 
 def set_paused(name: str, paused: bool) -> str:

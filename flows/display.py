@@ -180,10 +180,11 @@ def runs_table(records: Sequence[RunRecord]) -> Table:
 
 
 def _mlflow_place(home: Home, run_id: str | None) -> str:
-    uri = redact(home.mlflow_uri)
-    if uri.startswith("http"):
-        return f"{uri} (run {run_id})"
-    return f"mlflow server --backend-store-uri {uri} (run {run_id})"
+    run = f"run {run_id}" if run_id else "away so far: posttrain sync tells it of the run"
+    place = redact(home.mlflow_uri)
+    if place.startswith("http"):
+        return f"{place} ({run})"
+    return f"mlflow server --backend-store-uri {place} ({run})"
 
 
 def _stages_table(rows: Sequence[StageRow]) -> Table:

@@ -11,13 +11,13 @@ import logging
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
 
 from flows.graph import Node
 from flows.session import Session
+from infra.mlflow_uri import is_server, without_password
 from infra.redaction import redact, redact_value
 from schemas.artifacts import PromotionDecision
 
@@ -93,18 +93,29 @@ def page(session: Session, decision: PromotionDecision) -> str:
     lines += [
         "",
         f"- run `{record.run}`: `posttrain show {record.run}`",
-        f"- MLflow run `{session.mlflow_run_id}` at {_place(session.home.mlflow_uri)}",
+        *_mlflow_lines(session.home.mlflow_uri, session.mlflow_run_id, decision),
         f"- decision `{session.store.root / decision.uri}`",
         f"- lineage: `posttrain lineage {decision.registered_model}/{decision.version}`",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _place(uri: str) -> str:
-    """An address without the name and password that it may hold."""
-    parts = urlsplit(uri)
-    bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-    return f"<{bare}>" if parts.scheme.startswith("http") else f"`{bare}`"
+def _mlflow_lines(uri: str, run_id: str | None, decision: PromotionDecision) -> list[str]:
+    """Links to the run and the model on MLflow's pages; a local database has none."""
+    from infra.mlflow_tracking import Tracking
+
+    place = without_password(uri)
+    if run_id is None:
+        return [f"- MLflow at `{place}` has not been told of the run yet: `posttrain sync`"]
+    if not is_server(uri):
+        return [f"- MLflow run `{run_id}` at `{place}`"]
+    experiment = Tracking(uri).client.get_run(run_id).info.experiment_id
+    base = place.rstrip("/")
+    model = f"{decision.registered_model}/versions/{decision.version}"
+    return [
+        f"- MLflow: [run]({base}/#/experiments/{experiment}/runs/{run_id}), "
+        f"[model version]({base}/#/models/{model})"
+    ]
 
 
 def _run_resource(run: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ from flows.plan import PlannedStage, plan_stage
 from infra.code import package_versions
 from infra.environment import Home
 from infra.store import Store
+from infra.unavailable import TrackingUnavailable
 from schemas.artifacts import Artifact
 from schemas.fingerprint import fingerprint_fields
 from schemas.pipeline import PipelineConfig
@@ -75,7 +76,7 @@ def explain(
         find_approval=archive.approval,
     ):
         planned = plan_stage(node, reused, archive, rerun_changed_code)
-        request = node.build(known) if all(name in known for name in node.needs) else None
+        request = _request(node, known)
         explanation = _explain(node, planned, request, archive.store)
         explanations.append(explanation)
         if planned.artifact is not None:
@@ -162,6 +163,16 @@ def document(explanations: list[Explanation]) -> dict[str, Any]:
             for one in explanations
         ]
     }
+
+
+def _request(node: Node, known: dict[str, Artifact]) -> StageRequest | None:
+    """What the stage would be asked; None while its inputs or the registry's answer are missing."""
+    if any(name not in known for name in node.needs):
+        return None
+    try:
+        return node.build(known)
+    except TrackingUnavailable:
+        return None
 
 
 def _explain(

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 
 from infra.environment import Home
+from infra.files import file_lock
 from infra.launch import die_with_parent
 from infra.redaction import redact, redact_process
 from infra.tail import last_lines
@@ -28,6 +29,12 @@ def start_local_server(home: Home) -> str:
     It is stopped when the interpreter ends, after Prefect's own threads have sent what they hold:
     without a server they would try for minutes.
     """
+    # Two servers that make the tables of one new database get in each other's way.
+    with file_lock(home.locks / "prefect.lock", lambda: None):
+        return _start(home)
+
+
+def _start(home: Home) -> str:
     log = home.prefect_home / "server.log"
     port = _free_port()
     with log.open("ab") as file:

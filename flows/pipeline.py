@@ -15,21 +15,27 @@ from flows.session import Session, open_session
 from flows.slot import device_slot
 from infra.environment import Home
 from infra.launch import StageFailed
+from infra.unavailable import TrackingUnavailable
 from schemas.artifacts import Artifact, PromotionDecision
 from schemas.base import UserError
 from schemas.pipeline import PipelineConfig
 
 _MAX_EVALUATIONS = 5
 """How often a champion may change under a run before it gives up."""
+_FIRST_DELAY_SECONDS = 1
+"""Before the first retry; it doubles with each."""
 _CACHED = "Cached"
 
 
 def is_infrastructure_failure(error: object) -> bool:
     """Whether running a stage again may help: a crash, a lost node, a time-out, a broken link.
 
-    An error that the user has to mend is not one, and neither is a full disk.
+    An error that the user has to mend is not one, and neither is a full disk, nor a registry that
+    has been waited for in vain.
     """
     match error:
+        case TrackingUnavailable():
+            return error.waited == 0
         case UserError():
             return False
         case StageFailed():
@@ -48,7 +54,6 @@ def _may_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     task_run_name="{name}",
     cache_policy=NO_CACHE,
     persist_result=False,
-    retry_delay_seconds=exponential_backoff(backoff_factor=1),
     retry_jitter_factor=0.3,
     retry_condition_fn=_may_retry,
 )
@@ -97,9 +102,18 @@ def run_pipeline(
     return session.run.record.document()
 
 
+def stage_task(stage: str, retries: int) -> Task[[Session, Node, str], Any]:
+    """The task of a stage, with its retries: after 1, 2, 4, ... seconds, give or take a third."""
+    # Prefect works the delays out for the number of retries that it is given with them.
+    return run_stage_task.with_options(
+        name=stage,
+        retries=retries,
+        retry_delay_seconds=exponential_backoff(backoff_factor=_FIRST_DELAY_SECONDS),
+    )
+
+
 def _run(session: Session, node: Node) -> Artifact | None:
-    retries = session.config.compute.retries
-    stage = run_stage_task.with_options(name=node.stage, retries=retries)
+    stage = stage_task(node.stage, session.config.compute.retries)
     state = stage(session, node, node.name, return_state=True)
     if state.is_failed() or state.is_crashed():
         events.stage_failed(session, node, state.result(raise_on_failure=False))

@@ -10,6 +10,7 @@ from flows.archive import Archive
 from flows.graph import Node, build_graph
 from infra.code import changed_code
 from infra.environment import Home
+from infra.unavailable import TrackingUnavailable
 from schemas.artifacts import Artifact
 from schemas.pipeline import PipelineConfig
 
@@ -78,8 +79,11 @@ def plan_stage(
     waits = [name for name in node.needs if name not in artifacts]
     if waits:
         return PlannedStage(node.name, "run", f"after {_listed(tuple(waits))}", node.needs)
-    request = node.build(artifacts)
-    found = archive.finished(request)
+    try:
+        request = node.build(artifacts)
+        found = archive.finished(request)
+    except TrackingUnavailable as error:
+        return PlannedStage(node.name, "run", f"not known: {error}", node.needs)
     if found is not None:
         changed = tuple(changed_code(found.created_by.code))
         if changed and rerun_changed_code:

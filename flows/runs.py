@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from infra.files import encodable
+from infra.outbox import Outbox
 from infra.redaction import redact
 from schemas.base import Frozen, UserError
 from schemas.fingerprint import digest
@@ -154,6 +155,11 @@ def config_digest(config: PipelineConfig) -> str:
     return digest(content)
 
 
+def outbox_of(folder: Path) -> Outbox:
+    """The outbox of a run, in its folder."""
+    return Outbox(folder / "outbox")
+
+
 class OpenRun:
     """A run that this process works on, and nobody else."""
 
@@ -161,6 +167,8 @@ class OpenRun:
         self.record = record
         self.folder = folder
         self.reopened = reopened
+        self.outbox = outbox_of(folder)
+        """What the run has to tell MLflow."""
 
     def update(self, **fields: Any) -> None:
         """Change fields of the record and write it."""
@@ -212,6 +220,14 @@ class Runs:
             if record.config_digest == digest and record.status == "finished":
                 return record
         return None
+
+    def note_mlflow_run(self, name: str, run_id: str | None) -> None:
+        """Write down which MLflow run a run is that has ended; one at work writes it itself."""
+        folder = self.root / name
+        with _lock(folder) as held:
+            record = self._read_file(folder)
+            if held and record is not None and record.mlflow_run_id != run_id:
+                OpenRun(record, folder, reopened=True).update(mlflow_run_id=run_id)
 
     def reader_of(self, fingerprint: str, *, but: str) -> str | None:
         """A run at work, other than `but`, that has an artifact among its stages."""
@@ -267,12 +283,15 @@ class Runs:
             else:
                 return folder
 
-    def _read(self, folder: Path) -> RunRecord | None:
+    def _read_file(self, folder: Path) -> RunRecord | None:
         try:
-            record = RunRecord.model_validate_json((folder / "run.json").read_bytes())
+            return RunRecord.model_validate_json((folder / "run.json").read_bytes())
         except (OSError, ValidationError):
             return None  # written by another version, or being removed
-        if record.status == "running":
+
+    def _read(self, folder: Path) -> RunRecord | None:
+        record = self._read_file(folder)
+        if record is not None and record.status == "running":
             with _lock(folder, shared=True) as free:
                 if free:
                     return record.model_copy(update={"status": "stopped"})

@@ -18,8 +18,10 @@ from flows.runs import OpenRun, Runs, StageRow, StageStatus
 from infra.code import changed_code
 from infra.environment import Home
 from infra.launch import StageFailed, run_stage, terminate_all
+from infra.outbox import PIPELINE
 from infra.redaction import redact, redact_error
 from infra.tail import last_lines
+from infra.unavailable import TrackingUnavailable
 from schemas.artifacts import (
     Artifact,
     EvaluationReport,
@@ -35,11 +37,15 @@ from stages.data.records import iter_records
 from stages.gate.slices import find_slices
 
 if TYPE_CHECKING:
-    from infra.mlflow_tracking import Tracking
+    from infra.run_tracking import RunTracking
 
 # What a stage says about its own work: counts of records, the audit trail of PPO's credit mode, the
 # comparison of estimators.
 _DOCUMENTS = ("report.json", "posttrain.json", "credit.json")
+_CLOSE_SECONDS = 20.0
+"""How long a finished run waits for MLflow to take the rest of what it has to say."""
+_STOP_SECONDS = 5.0
+"""The same for a run that failed, or that somebody wants to end."""
 
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -52,7 +58,7 @@ class Session:
         config: PipelineConfig,
         home: Home,
         run: OpenRun,
-        tracking: Tracking,
+        tracking: RunTracking,
         watcher: Listener,
         rerun_changed_code: bool = False,
     ) -> None:
@@ -61,7 +67,12 @@ class Session:
         self.run = run
         self.tracking = tracking
         self.watcher = watcher
-        self.archive = Archive(home, config.registry.name)
+        self.archive = Archive(
+            home,
+            config.registry.name,
+            patience=config.compute.registry_timeout,
+            on_wait=watcher.note,
+        )
         self.store = self.archive.store
         self.nodes = build_graph(
             config,
@@ -75,14 +86,14 @@ class Session:
         self._rerun: set[str] = set()
 
     @property
-    def mlflow_run_id(self) -> str:
-        """The MLflow run of the pipeline."""
-        assert self.run.record.mlflow_run_id is not None
+    def mlflow_run_id(self) -> str | None:
+        """The MLflow run of the pipeline, or None while MLflow has not said it."""
         return self.run.record.mlflow_run_id
 
     def reuse(self, node: Node, log: Callable[[str], None] = lambda text: None) -> Artifact | None:
         """The artifact of a stage whose work is done, verified to the byte; else None."""
-        request = node.build(self.artifacts)
+        with self._registry_named(node):
+            request = node.build(self.artifacts)
 
         def on_wait(text: str) -> None:
             self.watcher.note(f"{node.name}: {text}")
@@ -90,12 +101,26 @@ class Session:
 
         # Under the lock: what the record names before it is released, nobody clears away.
         with self.store.lock(request.fingerprint, on_wait=on_wait):
-            artifact = self.archive.finished(request, verify=True)
+            with self._registry_named(node):
+                artifact = self.archive.finished(request, verify=True)
             if artifact is None or self._put_aside(node, artifact):
                 return None
             self._note_identity(request)
+            self._tell_the_rest(artifact)
             self._accept(node, artifact, "reused", 0.0, None)
         return artifact
+
+    def _tell_the_rest(self, artifact: Artifact) -> None:
+        """Tell MLflow what an earlier try of this run could not, if it was stopped at its end."""
+        key = artifact.fingerprint
+        with self._tolerating_tracking():
+            if not self.tracking.is_unfinished(key):
+                return
+            with self.tracking.metrics_of(key, self.store.work_folder / key / "metrics.jsonl"):
+                pass  # all of it is there
+            if not isinstance(artifact, PromotionDecision):
+                self._log_artifact(key, artifact)
+            self.tracking.finish(key, "FINISHED")
 
     def _put_aside(self, node: Node, artifact: Artifact) -> bool:
         """Put away, once in a run, what other code has made, if that is asked for."""
@@ -169,12 +194,15 @@ class Session:
             log(text)
 
         try:
-            with self._tracked(node, request) as mlflow_run_id:
+            with self._tracked(node, request) as key:
+                self._note_mlflow_run()
+                mlflow_run_id = self.tracking.run_id(key)
                 runtime = request.runtime.model_copy(update={"mlflow_run_id": mlflow_run_id})
                 request = request.model_copy(update={"runtime": runtime})
                 if isinstance(request, PromoteRequest):
-                    return self._promote(node, request, started)
-                return self._run_stage(node, request, mlflow_run_id, on_line)
+                    with self._registry_named(node):
+                        return self._promote(node, request, started)
+                return self._run_stage(node, request, key, on_line)
         finally:
             spent = self._spent.get(node.name, 0.0) + time.monotonic() - started
             self._spent[node.name] = spent
@@ -190,7 +218,7 @@ class Session:
             ended=datetime.now(UTC),
             evaluation=evaluation_document(report),
             reward_models=reward_models_document(self.artifacts),
-            decision=decision_document(decision, self.archive),
+            decision=decision_document(decision, Archive(self.home, self.archive.model)),
             outcome=decision.outcome,
         )
         tags = {
@@ -201,10 +229,10 @@ class Session:
         scores = {f"candidate/{k}": v for k, v in _scores(report.candidate).items()}
         scores |= {f"baseline/{k}": v for k, v in _scores(report.baseline).items()}
         scores |= {f"incumbent/{k}": v for k, v in _scores(report.incumbent).items()}
-        with self._tolerating_mlflow():
-            self.tracking.set_tags(self.mlflow_run_id, tags)
-            self.tracking.log_metrics(self.mlflow_run_id, scores)
-            self.tracking.finish_run(self.mlflow_run_id, "FINISHED")
+        with self._tolerating_tracking():
+            self.tracking.set_tags(PIPELINE, tags)
+            self.tracking.log_metrics(PIPELINE, scores)
+            self.tracking.finish(PIPELINE, "FINISHED")
 
     def fail(self, error: BaseException) -> None:
         """Write down that a run did not go through."""
@@ -214,18 +242,16 @@ class Session:
             ended=datetime.now(UTC),
             outcome="stopped from outside" if stopped else str(error),
         )
-        with self._tolerating_mlflow():
-            self.tracking.finish_run(self.mlflow_run_id, "KILLED" if stopped else "FAILED")
+        with self._tolerating_tracking():
+            self.tracking.finish(PIPELINE, "KILLED" if stopped else "FAILED")
 
     def _run_stage(
         self,
         node: Node,
         request: StageRequest,
-        mlflow_run_id: str,
+        key: str,
         on_line: Callable[[str], None],
     ) -> Artifact:
-        from infra.mlflow_tracking import MetricsShipper
-
         with self.store.lock(request.fingerprint, on_wait=on_line):
             # Another run may have done the work while this one waited.
             found = self.archive.finished(request, verify=True)
@@ -235,40 +261,47 @@ class Session:
             self._look_at_checkpoint(node, request, on_line)
             self._note_identity(request)
             work = self.store.work_dir(request.fingerprint)
-            shipper = MetricsShipper(
-                self.tracking,
-                mlflow_run_id,
-                work / "metrics.jsonl",
-                work / f"shipped-{mlflow_run_id}.json",
-            )
-            with shipper, _log_quoted(work / "stage.log"):
+            metrics = self.tracking.metrics_of(key, work / "metrics.jsonl")
+            with metrics, _log_quoted(work / "stage.log"):
                 outcome = run_stage(
                     cast(AnyRequest, request),
                     store=self.store,
                     on_line=on_line,
-                    timeout=self.config.compute.stage_timeout,
+                    timeout=self.config.compute.timeout_of(node.stage),
                     hang_timeout=self.config.compute.hang_timeout,
                     env={},
                 )
         artifact = outcome.artifact
-        with self._tolerating_mlflow():
-            self.tracking.log_metrics(mlflow_run_id, artifact.metrics)
-            self.tracking.set_tags(mlflow_run_id, {"posttrain.sha256": artifact.sha256})
-            for name in _DOCUMENTS:
-                document = self.store.root / artifact.uri / name
-                if document.is_file():
-                    self.tracking.log_file(mlflow_run_id, document)
+        with self._tolerating_tracking():
+            self._log_artifact(key, artifact)
         self._note_interventions(node, artifact)
         status: StageStatus = "ran" if outcome.resumed_from_step is None else "resumed"
         seconds = self._spent.get(node.name, 0.0) + outcome.seconds
         self._accept(node, artifact, status, seconds, outcome.peak_memory_bytes)
         return artifact
 
+    def _log_artifact(self, key: str, artifact: Artifact) -> None:
+        """The final numbers of a stage, its content digest, and what it says about its work."""
+        self.tracking.log_metrics(key, artifact.metrics)
+        self.tracking.set_tags(key, {"posttrain.sha256": artifact.sha256})
+        for name in _DOCUMENTS:
+            document = self.store.root / artifact.uri / name
+            if document.is_file():
+                self.tracking.log_file(key, document)
+
     def _promote(self, node: Node, request: PromoteRequest, started: float) -> Artifact | None:
         from stages.promote import decide  # torch, for the bootstrap
 
-        self._note_identity(request)
-        decision = self.archive.promote(request, decide, self.mlflow_run_id)
+        with self.store.lock(request.fingerprint, on_wait=self.watcher.note):
+            # Another run may have decided while this one waited.
+            found = self.archive.finished(request, verify=True)
+            if found is not None:
+                self._accept(node, found, "reused", 0.0, None)
+                return found
+            self._note_identity(request)
+            # A registered version names the run that it comes from.
+            run_id = self.tracking.delivered_run_id(self.config.compute.registry_timeout)
+            decision = self.archive.promote(request, decide, run_id)
         if decision is None:
             self.watcher.note(
                 f"another model became the champion of {self.config.registry.name} meanwhile; "
@@ -303,35 +336,55 @@ class Session:
         tag = f"{status} {artifact.fingerprint}"
         if status == "reused" and artifact.mlflow_run_id:
             tag += f" from MLflow run {artifact.mlflow_run_id}"
-        with self._tolerating_mlflow():
+        with self._tolerating_tracking():
             name = node.name.replace(":", ".")
-            self.tracking.set_tags(self.mlflow_run_id, {f"posttrain.stage.{name}": tag})
+            self.tracking.set_tags(PIPELINE, {f"posttrain.stage.{name}": tag})
 
     @contextlib.contextmanager
     def _tracked(self, node: Node, request: StageRequest) -> Iterator[str]:
-        """The nested MLflow run of a stage; the same one in a retry."""
-        run_id = self.tracking.open_stage_run(
-            self.mlflow_run_id, node.name, request.fingerprint, _params(request)
-        )
+        """The nested MLflow run of a stage, by its key; the same one in a retry."""
+        key = self.tracking.open_stage(node.name, request.fingerprint, _params(request))
         status: EndStatus = "KILLED"
         try:
-            yield run_id
+            yield key
             status = "FINISHED"
         except Exception as error:
             status = "FAILED"
             redact_error(error)  # Prefect keeps it
             raise
         finally:
-            with self._tolerating_mlflow():
-                self.tracking.finish_run(run_id, status)
+            with self._tolerating_tracking():
+                self.tracking.finish(key, status)
 
     @contextlib.contextmanager
-    def _tolerating_mlflow(self) -> Iterator[None]:
-        """What the store holds may be missing in MLflow: a server that is away ends nothing."""
+    def _registry_named(self, node: Node) -> Iterator[None]:
+        """Say of a registry that was waited for in vain what is kept and how to go on."""
+        try:
+            yield
+        except TrackingUnavailable as error:
+            if error.waited == 0:
+                raise
+            named = TrackingUnavailable(
+                f"{node.name} needs MLflow's registry, which was waited for {error.waited:g} "
+                f"seconds: {error}. What was done before it is kept in {self.store.root}: the same "
+                "command goes on from there"
+            )
+            named.waited = error.waited
+            raise named from error
+
+    def _note_mlflow_run(self) -> None:
+        if self.run.record.mlflow_run_id is None:
+            run_id = self.tracking.run_id()
+            if run_id is not None:
+                self.run.update(mlflow_run_id=run_id)
+
+    @contextlib.contextmanager
+    def _tolerating_tracking(self) -> Iterator[None]:
+        """What the store holds may be missing in MLflow: work that is done is not lost for that."""
         try:
             yield
         except Exception as error:
-            self.watcher.note(redact(f"MLflow was not told: {error}"))
+            self.watcher.note(redact(f"not kept for MLflow: {error}"))
 
 
 @contextlib.contextmanager
@@ -342,12 +395,12 @@ def open_session(
 
     rerun_changed_code: work that other code has done is done again.
     """
-    from infra.mlflow_tracking import Tracking
+    from infra.run_tracking import RunTracking
 
     check_installed(config)
-    tracking = Tracking(home.mlflow_uri)
     with Runs(home.store.root).open(config) as run:
-        run_id = tracking.open_pipeline_run(
+        tracking = RunTracking(run.outbox, home.mlflow_uri)
+        tracking.open(
             config.name,
             run.record.run,
             {
@@ -357,22 +410,52 @@ def open_session(
                 "posttrain.store": str(home.store.root),
             },
         )
-        run.update(mlflow_run_id=run_id)
+        watcher = listener()
         try:
-            session = Session(config, home, run, tracking, listener(), rerun_changed_code)
-        except UserError as error:
-            redact_error(error)
-            run.update(status="failed", ended=datetime.now(UTC), outcome=str(error))
-            tracking.finish_run(run_id, "FAILED")
-            raise
-        try:
-            yield session
-            session.finish()
-        except BaseException as error:
-            session.fail(redact_error(error))
-            raise
+            yield from _worked(config, home, run, tracking, watcher, rerun_changed_code)
         finally:
-            terminate_all()
+            _close(run, tracking, watcher)
+
+
+def _worked(
+    config: PipelineConfig,
+    home: Home,
+    run: OpenRun,
+    tracking: RunTracking,
+    watcher: Listener,
+    rerun_changed_code: bool,
+) -> Iterator[Session]:
+    try:
+        session = Session(config, home, run, tracking, watcher, rerun_changed_code)
+    except UserError as error:
+        redact_error(error)
+        run.update(status="failed", ended=datetime.now(UTC), outcome=str(error))
+        tracking.finish(PIPELINE, "FAILED")
+        raise
+    try:
+        yield session
+        session.finish()
+    except BaseException as error:
+        session.fail(redact_error(error))
+        raise
+    finally:
+        terminate_all()
+
+
+def _close(run: OpenRun, tracking: RunTracking, watcher: Listener) -> None:
+    """Let MLflow have what it has missed, for some seconds; what is left waits on disk."""
+    finished = run.record.status == "finished"
+    complete = tracking.close(_CLOSE_SECONDS if finished else _STOP_SECONDS)
+    found = tracking.known_run_id()
+    if found not in (None, run.record.mlflow_run_id):
+        run.update(mlflow_run_id=found)
+    if not complete:
+        watcher.note(
+            f"MLflow has not been told everything: it waits in {tracking.outbox.folder}, and goes "
+            "with the next run or with posttrain sync"
+        )
+    elif finished:
+        tracking.outbox.forget()
 
 
 def evaluation_document(report: EvaluationReport) -> dict[str, Any]:
@@ -395,8 +478,11 @@ def reward_models_document(artifacts: dict[str, Artifact]) -> dict[str, Any]:
 
 
 def decision_document(decision: PromotionDecision, archive: Archive) -> dict[str, Any]:
-    """What the gate said, with the aliases as they are now."""
-    aliases, rolled_back = archive.aliases_now(decision)
+    """What the gate said, with the aliases as they are now, or as they were then."""
+    try:
+        aliases, rolled_back = archive.aliases_now(decision)
+    except TrackingUnavailable:
+        aliases, rolled_back = decision.aliases, None
     reasons = list(decision.reasons)
     if decision.awaiting_approval:
         reasons.append(awaiting_text(decision))

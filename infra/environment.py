@@ -11,6 +11,9 @@ from pathlib import Path
 from infra.store import Store
 from schemas.base import UserError
 
+PREFECT_RETRIES = "7"
+"""A Prefect server that is restarted is waited for 2 + 4 + ... + 128 = 254 seconds."""
+
 
 @dataclass(frozen=True)
 class Home:
@@ -82,11 +85,19 @@ def quiet_environment(home: Home) -> dict[str, str]:
         # A new database on a busy machine takes longer than the default allows.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-        # A dead tracking server must not hang a run for minutes.
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        # A dead tracking server must not hang a run for minutes. Trying again is the business of
+        # the outbox and of the registry: MLflow would send a request that creates something twice.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+        # In memory, a server that is restarted forgets who holds a slot, and never frees it again.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+            "prefect.server.concurrency.lease_storage.filesystem"
+        ),
+        "PREFECT_CLIENT_MAX_RETRIES": PREFECT_RETRIES,
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        # Standard output is the document of --json.
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "GIT_PYTHON_REFRESH": "quiet",
         # Forking after the tokenizer's threads have started only earns a warning.
         "TOKENIZERS_PARALLELISM": "false",

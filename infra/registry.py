@@ -7,18 +7,18 @@ import logging
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 
 from infra.files import file_lock
 from infra.manifest import CorruptArtifact, build_manifest, manifest_digest
+from infra.mlflow_reach import is_away, reaching_client, unavailable
 from infra.redaction import redact, redact_value
 from schemas.artifacts import PolicyCheckpoint
 from schemas.base import UserError
@@ -66,9 +66,16 @@ class _Move:
 class Registry:
     """The registry at one address. Aliases have no compare-and-set, hence the lock."""
 
-    def __init__(self, uri: str, locks: Path) -> None:
+    def __init__(
+        self,
+        uri: str,
+        locks: Path,
+        patience: float = 0.0,
+        on_wait: Callable[[str], None] = _log.info,
+    ) -> None:
+        """patience: seconds to wait for a server that is away; `on_wait` is told of a wait."""
         self.uri = uri
-        self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self.client = reaching_client(uri, patience, on_wait)
         self._locks = locks
 
     def register(
@@ -243,9 +250,7 @@ class Registry:
     def _fetch(self, chosen: RegisteredVersion, to: Path) -> Path:
         """Copy a version's folder into `to`, compare every byte, and return where it is."""
         source = self.client.get_model_version_download_uri(chosen.name, chosen.version)
-        folder = Path(
-            download_artifacts(artifact_uri=source, dst_path=str(to), tracking_uri=self.uri)
-        )
+        folder = self._copied(source, to)
         if manifest_digest(build_manifest(folder)) != chosen.sha256:
             raise CorruptArtifact(
                 f"model {chosen.name} version {chosen.version} is not the content that was "
@@ -253,6 +258,16 @@ class Registry:
                 "version and run its recipe again"
             )
         return folder
+
+    def _copied(self, source: str, to: Path) -> Path:
+        try:
+            return Path(
+                download_artifacts(artifact_uri=source, dst_path=str(to), tracking_uri=self.uri)
+            )
+        except MlflowException as error:
+            if not is_away(error):
+                raise
+            raise unavailable(self.uri, error) from error
 
     def _move(self, name: str, move: _Move) -> None:
         """Move the aliases as written down; every step may be done twice."""

@@ -1,7 +1,8 @@
 """The store: finished artifacts by fingerprint, and the folders in which work happens.
 
-`artifacts/<fingerprint>/` holds `artifact.json`, `manifest.json`, `content/` and, where it is
-known, `identity.json`: what the fingerprint was made of. It appears by one rename, or not at all.
+`artifacts/<fingerprint>/` holds `artifact.json` and its digest, `manifest.json`, `content/` and,
+where it is known, `identity.json`: what the fingerprint was made of. It appears by one rename, or
+not at all.
 `work/<fingerprint>/` is where a stage runs. Every path of the store is made in this file.
 """
 
@@ -17,7 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from infra.files import disk_full_named, file_lock, sync, try_file_lock, write_atomic
+from infra.files import (
+    disk_full_named,
+    file_digest,
+    file_lock,
+    sync,
+    try_file_lock,
+    write_atomic,
+)
 from infra.manifest import (
     CorruptArtifact,
     Manifest,
@@ -34,6 +42,8 @@ from schemas.fingerprint import canonical_json
 _log = logging.getLogger(__name__)
 _FINGERPRINT = re.compile(r"[A-Za-z0-9_-]+")
 _IDENTITY = "identity.json"
+_SEAL = "artifact.sha256"
+"""Digest of `artifact.json`, which holds numbers that a promotion is decided on."""
 
 
 class Store:
@@ -252,6 +262,7 @@ class Store:
         staging.mkdir()
         write_atomic(staging / "manifest.json", canonical_json(manifest))
         write_atomic(staging / "artifact.json", artifact.model_dump_json(indent=1))
+        write_atomic(staging / _SEAL, file_digest(staging / "artifact.json") + "\n")
         if (work / _IDENTITY).exists():
             shutil.copyfile(work / _IDENTITY, staging / _IDENTITY)
         _sync_tree(work / "content")
@@ -272,6 +283,8 @@ def _checked(fingerprint: str) -> str:
 def _read_artifact(folder: Path) -> AnyArtifact:
     path = folder / "artifact.json"
     try:
+        if file_digest(path) != (folder / _SEAL).read_text(encoding="ascii").strip():
+            raise CorruptArtifact(f"{path} has changed since it was sealed")
         artifact = artifact_adapter.validate_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptArtifact(f"{path} cannot be read: {error}") from error

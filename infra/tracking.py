@@ -99,11 +99,11 @@ def read_metrics(path: Path) -> list[MetricsLine]:
 
 def parse_lines(lines: Iterable[bytes]) -> Iterator[MetricsLine]:
     """The lines that can be read; a warning for each that cannot."""
-    for line in lines:
+    for number, line in enumerate(lines, start=1):
         try:
             yield parse_line(line)
         except ValueError as error:
-            _log.warning("a damaged line of metrics is left out: %s", error)
+            _log.warning("metrics: line %d is damaged and left out: %s", number, error)
 
 
 def _to_json(value: float) -> float | str:

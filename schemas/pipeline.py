@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,20 @@ from schemas.training import (
     SFTConfig,
 )
 
+Seconds = Annotated[float, Field(gt=0)]
+StageName = Literal[
+    "prepare_data",
+    "train_sft",
+    "sample_preferences",
+    "label_steps",
+    "train_reward_model",
+    "train_process_reward_model",
+    "train_rl",
+    "credit",
+    "evaluate",
+]
+"""Stages that run in a process of their own."""
+
 
 class ComputeConfig(Frozen):
     """Where stages run. Nothing here enters a fingerprint."""
@@ -30,14 +44,22 @@ class ComputeConfig(Frozen):
     """Threads of a stage on the CPU; the default is all cores."""
     retries: int = Field(default=2, ge=0, le=10)
     """How often Prefect starts a stage again after an infrastructure failure."""
-    stage_timeout: float | None = Field(default=None, gt=0)
-    """Seconds after which a stage is stopped and counted as failed."""
+    stage_timeout: Seconds | dict[StageName, Seconds] | None = None
+    """Seconds after which a stage is stopped and counted as failed: for all, or by stage."""
     hang_timeout: float | None = Field(default=3600.0, ge=60)
     """Seconds without any progress after which a stage counts as hung: the stacks of its threads
     go to its log, it is stopped and started again. A slow stage moves on and is left alone. The
     default is generous, for loading a large model or starting an engine tells of no progress."""
+    registry_timeout: float = Field(default=300.0, ge=0)
+    """Seconds that evaluation and promotion wait for an MLflow server that is away."""
     slot: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+$")
     """Prefect concurrency limit of which a stage that computes holds a slot: one a device."""
+
+    def timeout_of(self, stage: str) -> float | None:
+        """Seconds that a stage may take, or None for as long as it needs."""
+        if isinstance(self.stage_timeout, dict):
+            return self.stage_timeout.get(cast(StageName, stage))
+        return self.stage_timeout
 
 
 class PipelineConfig(Frozen):

@@ -78,21 +78,16 @@ class Checkpoints:
         heartbeat.beat(f"writing the checkpoint of step {step}")
         final = self._folder / _name(step)
         temporary = self._folder / f".{final.name}.{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        self._drop_unfinished()
         temporary.mkdir(parents=True)
-        for name, model in self._models.items():
-            save_file(_unshared(model.state_dict()), temporary / f"{name}.safetensors")
-        for name, optimizer in self._optimizers.items():
-            torch.save(optimizer.state_dict(), temporary / f"{name}.optimizer.pt")
-        torch.save(_rng_state(), temporary / "rng.pt")
-        state = {"step": step, "extra": dict(extra), "code": loaded_code()}
-        (temporary / "state.json").write_text(json.dumps(state))
-        digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
-        (temporary / "manifest.json").write_text(json.dumps(digests))
-        for path in temporary.iterdir():
-            sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        try:
+            self._write(temporary, step, extra)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+        except BaseException:
+            # On a full disk, what is unfinished holds the space that the stage's last words need.
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         sync(self._folder)
         kept = {_name(step) for step in keep}
         for old in self._found()[:-_KEPT]:
@@ -126,6 +121,25 @@ class Checkpoints:
                 continue
             return self._load(folder, state)
         return None
+
+    def _drop_unfinished(self) -> None:
+        """Remove what a killed process has left; nobody else writes here."""
+        for folder in self._folder.glob(".step-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _write(self, folder: Path, step: int, extra: Mapping[str, Any]) -> None:
+        for name, model in self._models.items():
+            save_file(_unshared(model.state_dict()), folder / f"{name}.safetensors")
+        for name, optimizer in self._optimizers.items():
+            torch.save(optimizer.state_dict(), folder / f"{name}.optimizer.pt")
+        torch.save(_rng_state(), folder / "rng.pt")
+        state = {"step": step, "extra": dict(extra), "code": loaded_code()}
+        (folder / "state.json").write_text(json.dumps(state))
+        digests = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+        (folder / "manifest.json").write_text(json.dumps(digests))
+        for path in folder.iterdir():
+            sync(path)
+        sync(folder)
 
     def _read_state(self, folder: Path) -> _State:
         """Everything but the models' tensors. Nothing is changed yet: the reading may fail."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -19,6 +20,7 @@ from infra.store import Store
 from infra.tracking import FileTracker, Tracker
 from schemas.artifacts import AnyArtifact
 from schemas.base import UserError
+from schemas.fingerprint import fingerprint
 from schemas.requests import AnyRequest, request_adapter
 from stages import heartbeat, termination
 
@@ -32,8 +34,15 @@ _WITH_CHECKPOINTS = (
     "train_rl",
 )
 
+
+class DamagedRequest(UserError):
+    """The file does not hold what was asked; another attempt writes it anew."""
+
+
 # Failures of the machine, which another attempt may not meet again.
 _TRANSIENT = (OSError, MemoryError, TimeoutError)
+_LITTLE_SPACE = 1 << 20
+"""Bytes; a disk with less is full."""
 
 
 def main() -> int:
@@ -44,15 +53,11 @@ def main() -> int:
     heartbeat.install(work_dir)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        request = read_request(work_dir / "request.json")
-    except UserError as error:
-        write_result(work_dir, "user_error", str(error))
-        return 2
-    if request.stage in _WITH_CHECKPOINTS:
-        termination.install()
     tracker = FileTracker(work_dir / "metrics.jsonl")
     try:
+        request = read_request(work_dir / "request.json")
+        if request.stage in _WITH_CHECKPOINTS:
+            termination.install()
         artifact = run_stage(request, run_dir=work_dir, tracker=tracker)
         heartbeat.beat("publishing the artifact")
         Store(request.runtime.store).publish(request.fingerprint, artifact)
@@ -60,27 +65,40 @@ def main() -> int:
         logger.info("%s", stopped)
         write_result(work_dir, "terminated", str(stopped), retryable=True)
         return termination.EXIT_CODE
+    except DamagedRequest as error:
+        write_result(work_dir, "failed", str(error), retryable=True)
+        return 1
     except UserError as error:
         write_result(work_dir, "user_error", str(error))
         return 2
     except Exception as error:
         traceback.print_exc()
-        write_result(work_dir, "failed", _describe(error), retryable=isinstance(error, _TRANSIENT))
+        full = _disk_is_full(error, work_dir)
+        message = f"the disk is full: free space for {work_dir}, then run again; " if full else ""
+        write_result(
+            work_dir,
+            "failed",
+            f"{message}{type(error).__name__}: {error}",
+            retryable=isinstance(error, _TRANSIENT) and not full,
+        )
         return 1
     write_result(work_dir, "done", resumed_from_step=tracker.resumed_from_step)
     return 0
 
 
 def read_request(path: Path) -> AnyRequest:
-    """The request that the flow has written. Raises `UserError` for anything else."""
+    """The request that the flow has written. Raises `DamagedRequest` for anything else."""
     try:
-        return request_adapter.validate_json(path.read_bytes())
+        request = request_adapter.validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
-        raise UserError(
+        raise DamagedRequest(
             f"{path} is no request of this version ({reason}): run the same command again"
         ) from error
+    if fingerprint(request) != request.fingerprint:
+        raise DamagedRequest(f"{path} is not the request {request.fingerprint[:12]}: run again")
+    return request
 
 
 def run_stage(request: AnyRequest, *, run_dir: Path, tracker: Tracker) -> AnyArtifact:
@@ -138,10 +156,11 @@ def _prepare_torch(request: AnyRequest) -> None:
     heartbeat.beat(f"importing {request.stage}")
 
 
-def _describe(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the disk ({error.filename}): free some, then run again"
-    return f"{type(error).__name__}: {error}"
+def _disk_is_full(error: Exception, work_dir: Path) -> bool:
+    """Whether space was missing: not every library raises the system's own error then."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return shutil.disk_usage(work_dir).free < _LITTLE_SPACE
 
 
 if __name__ == "__main__":

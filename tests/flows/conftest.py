@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -40,6 +41,7 @@ from schemas.requests import (
     TrainProcessRewardModelRequest,
     TrainRewardModelRequest,
 )
+from tests.servers import PrefectServer
 
 CONTRACT = ModelContract(
     tokenizer_sha256="t",
@@ -60,6 +62,8 @@ class FakeStages:
         self.requests: list[StageRequest] = []
         self.script: dict[str, list[BaseException]] = defaultdict(list)
         """Errors that a stage raises, one a call, before it works."""
+        self.timeouts: dict[str, float | None] = {}
+        """Seconds that each stage was given."""
         self.pass_at_1 = {"candidate": 0.8, "baseline": 0.5}
         self.before: Callable[[StageRequest], None] = lambda request: None
         self.extra: dict[str, Any] = {}
@@ -82,6 +86,7 @@ class FakeStages:
     ) -> StageOutcome:
         assert store.lock_descriptor(request.fingerprint) is not None
         self.requests.append(request)
+        self.timeouts[_name(request)] = timeout
         self.before(request)
         on_line(f"working on {_name(request)}")
         if self.script[_name(request)]:
@@ -247,21 +252,35 @@ def _environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A real Prefect server on a database of its own, one for all tests."""
+def prefect_server(
+    tmp_path_factory: pytest.TempPathFactory, real_prefect: PrefectServer
+) -> Iterator[None]:
+    """Flows that tests call themselves use the real server of all tests."""
     folder = tmp_path_factory.mktemp("prefect")
     os.environ["DO_NOT_TRACK"] = "1"
     os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
     os.environ["PREFECT_HOME"] = str(folder)
     os.environ["PREFECT_RESULTS_LOCAL_STORAGE_PATH"] = str(folder / "results")
-    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-    from prefect.testing.utilities import prefect_test_harness
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        temporary_settings,
+    )
 
-    with (
-        prefect_test_harness(server_startup_timeout=180),
-        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
-    ):
+    settings = {PREFECT_API_URL: real_prefect.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+    with temporary_settings(settings):
         yield
+        drain()
+
+
+def drain() -> None:
+    """Let Prefect's threads send what they hold: without a server they would try for minutes."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    with contextlib.suppress(RuntimeError):  # it has never been started
+        APILogWorker.instance().drain()
+    EventsWorker.drain_all()
 
 
 @pytest.fixture(scope="session")

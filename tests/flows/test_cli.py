@@ -64,7 +64,7 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]"
     commands = (
-        *("run", "deploy", "serve", "show", "credit", "runs", "models", "gc", "lineage"),
+        *("run", "deploy", "serve", "show", "credit", "runs", "sync", "models", "gc", "lineage"),
         *("promote", "rollback"),
     )
     for command in commands:

@@ -8,16 +8,23 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.archive import Archive
-from flows.pipeline import is_infrastructure_failure, post_train
+from flows.pipeline import is_infrastructure_failure, post_train, stage_task
 from flows.recipes import load_recipe
 from flows.runs import Runs
 from infra.environment import Home
 from infra.launch import StageFailed
+from infra.unavailable import TrackingUnavailable
 from schemas.artifacts import PolicyCheckpoint
 from schemas.base import UserError
 from schemas.evaluation import GateConfig
 from schemas.pipeline import PipelineConfig
 from schemas.requests import EvaluateRequest
+
+
+def waited_for(seconds: float) -> TrackingUnavailable:
+    error = TrackingUnavailable("waited for in vain")
+    error.waited = seconds
+    return error
 
 
 @pytest.mark.parametrize(
@@ -30,12 +37,22 @@ from schemas.requests import EvaluateRequest
         (StageFailed("asked to stop", None, 15, False), False),
         (TimeoutError(), True),
         (ConnectionError("MLflow"), True),
+        (TrackingUnavailable("not waited for"), True),
+        (waited_for(300.0), False),
         (OSError(errno.EIO, "disk"), True),
         (OSError(errno.ENOSPC, "full"), False),
     ],
 )
 def test_what_is_tried_again(error: Exception, retried: bool) -> None:
     assert is_infrastructure_failure(error) is retried
+
+
+def test_retries_wait_longer_each_time_and_end() -> None:
+    task = stage_task("train_sft", 4)
+    assert task.retries == 4
+    assert task.retry_delay_seconds == [1, 2, 4, 8]
+    assert task.retry_jitter_factor == 0.3
+    assert stage_task("train_sft", 0).retries == 0
 
 
 @pytest.fixture
@@ -184,6 +201,16 @@ class TestFlow:
         stages.extra = {"metadata": {"level": 3}}
         home.store.quarantine(stages.requests[0].fingerprint)
         assert post_train(config, home=str(home.root))["decision"]["promoted"] is True
+
+    def test_each_stage_has_the_time_that_it_is_given(
+        self, home: Home, stages: Any, config: PipelineConfig
+    ) -> None:
+        limits = {"train_sft": 60.0, "train_rl": 7200.0}
+        compute = config.compute.model_copy(update={"stage_timeout": limits})
+        post_train(config.model_copy(update={"compute": compute}), home=str(home.root))
+        assert stages.timeouts["train_sft"] == 60.0
+        assert stages.timeouts["train_rl"] == 7200.0
+        assert stages.timeouts["evaluate"] is None
 
     def test_the_record_of_a_run(self, home: Home, stages: Any, config: PipelineConfig) -> None:
         document = post_train(config, home=str(home.root))

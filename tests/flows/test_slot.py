@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextvars
+import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,13 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 
+from flows import slot
 from flows.pipeline import post_train
 from flows.recipes import load_recipe
 from flows.slot import device_slot
 from infra.environment import Home
 from schemas.base import UserError
+from tests.servers import PrefectServer, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
@@ -24,6 +29,17 @@ def limit() -> str:
     with get_client(sync_client=True) as client:
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
     return name
+
+
+def in_a_thread(work: Callable[[], None]) -> threading.Thread:
+    """A thread that uses the same Prefect server; which one that is is a matter of context."""
+    return threading.Thread(target=contextvars.copy_context().run, args=(work,))
+
+
+def expiration(server: PrefectServer) -> str:
+    """When the newest lease of the server is over, as its file says."""
+    leases = (server.folder / "server" / "prefect" / "concurrency_leases").glob("*-*.json")
+    return max(json.loads(path.read_text())["expiration"] for path in leases)
 
 
 def active_slots(name: str) -> int:
@@ -41,7 +57,7 @@ def test_one_waits_for_the_other(limit: str) -> None:
             time.sleep(2)
             order.append("first ends")
 
-    thread = threading.Thread(target=first)
+    thread = in_a_thread(first)
     thread.start()
     held.wait(30)
     with device_slot(limit, "train_sft", lambda text: None):
@@ -71,4 +87,33 @@ def test_a_run_holds_its_slot_while_it_computes(
     post_train(load_recipe(str(files_recipe), [f"compute.slot={limit}"]), home=str(home.root))
     assert held["train_sft"] == held["train_rl"] == held["evaluate"] == 1
     assert "prepare_data" not in held  # done in the first attempt, which needed no slot
+    assert active_slots(limit) == 0
+
+
+def test_a_server_that_is_restarted_does_not_lose_the_slot(
+    limit: str, real_prefect: PrefectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is renewed while the server is away, and when it is back; with leases in the server's
+    memory it would be taken for ever."""
+    monkeypatch.setattr(slot, "_RENEW_SECONDS", 1.0)
+    monkeypatch.setattr(slot, "_ASK_SECONDS", 1.0)
+    order: list[str] = []
+
+    def second() -> None:
+        with device_slot(limit, "train_sft", lambda text: None):
+            order.append("second begins")
+
+    thread = in_a_thread(second)
+    with device_slot(limit, "train_rl", order.append):
+        real_prefect.kill()
+        thread.start()  # it asks while the server is away
+        time.sleep(10)  # Prefect's own renewal has given up by now
+        real_prefect.start()
+        assert active_slots(limit) == 1
+        before = expiration(real_prefect)
+        wait_for(lambda: expiration(real_prefect) > before, 30)
+        assert "second begins" not in order
+        order.append("first ends")
+    thread.join(90)
+    assert order[-2:] == ["first ends", "second begins"]
     assert active_slots(limit) == 0

@@ -21,10 +21,12 @@ from rich.console import Console
 
 from flows.display import print_run, runs_table
 from flows.runs import RunRecord, Runs
+from infra.delivery import deliver
 from infra.files import file_digest
 from infra.launch import _read_result, write_result
 from infra.manifest import CorruptArtifact, build_manifest, check_sizes, parse_manifest
-from infra.mlflow_tracking import _read_cursor, ship_pending
+from infra.outbox import OpenPipelineRun, Outbox, Tags
+from infra.run_tracking import RunTracking
 from infra.store import Store
 from infra.tracking import FileTracker, MetricsLine, format_line
 from schemas.artifacts import CreatedBy, DatasetArtifact, artifact_adapter
@@ -272,25 +274,39 @@ def test_any_message_of_a_stage_comes_back(folder: Path, judge: Any, message: st
     assert found is not None and found.status == "failed"
 
 
-class Client:
-    """Takes metrics as MLflow does."""
+class Server:
+    """Takes what it is told, as MLflow does."""
 
-    def log_metric_values(self, run_id: str, values: Any) -> None:
-        for value in values:
-            assert isinstance(value.step, int) and isinstance(value.key, str)
+    uri = "http://127.0.0.1:1"
+
+    def __init__(self) -> None:
+        self.tags: list[dict[str, str]] = []
+
+    def open_pipeline_run(self, experiment: str, name: str, tags: Any, started: float) -> str:
+        return "id"
+
+    def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
+        self.tags.append(tags)
+
+    def log_lines(self, run_id: str, lines: Any) -> None:
+        for line in lines:
+            assert isinstance(line.step, int)
 
 
 METRICS = format_line(MetricsLine(3, {"loss": 0.5, "kl": float("nan")}, 1.7e9)).encode()
-CURSOR = b'{"offset":10,"last_line":"abc","steps":{"loss":3}}'
+DELIVERED = b'{"server":"0","offset":10,"runs":{"pipeline":"id"},"creating":null,"doubtful":[]}'
+OPERATIONS = [
+    OpenPipelineRun(experiment="e", name="n", tags={}, time=1.0).model_dump_json().encode(),
+    Tags(run="pipeline", tags={"a": "b"}).model_dump_json().encode(),
+]
 
 
 @FUZZ
 @given(
     text=files([METRICS.strip(), METRICS + METRICS]),
     step=st.integers(0, 9),
-    cursor=st.one_of(files([CURSOR]), changed(json.loads(CURSOR)).map(dump)),
 )
-def test_metrics(folder: Path, judge: Any, text: bytes, step: int, cursor: bytes) -> None:
+def test_metrics(folder: Path, judge: Any, text: bytes, step: int) -> None:
     path = fresh(folder / "metrics") / "metrics.jsonl"
     path.write_bytes(text)
 
@@ -302,11 +318,30 @@ def test_metrics(folder: Path, judge: Any, text: bytes, step: int, cursor: bytes
 
     judge("metrics.jsonl", resume)
     assert path.read_bytes().endswith(b"\n")
-    where = path.with_name("shipped.json")
-    where.write_bytes(cursor)
-    judge("metrics.jsonl: shipping", ship_pending, Client(), "run", path, where)
-    assert _read_cursor(where).offset <= path.stat().st_size or not path.stat().st_size
-    assert judge("metrics.jsonl: again", ship_pending, Client(), "run", path, where) == 0
+    tracking = RunTracking(Outbox(path.parent / "outbox"), Server.uri)
+
+    def take_up() -> None:
+        with tracking.metrics_of("stage", path):
+            pass
+
+    judge("metrics.jsonl: outbox", take_up)
+
+
+@FUZZ
+@given(
+    operations=files([b"\n".join(OPERATIONS), OPERATIONS[0]]),
+    state=st.one_of(files([DELIVERED]), changed(json.loads(DELIVERED)).map(dump)),
+)
+def test_an_outbox(folder: Path, judge: Any, operations: bytes, state: bytes) -> None:
+    """Whatever its files hold, what is said after it is delivered."""
+    outbox = Outbox(fresh(folder / "outbox"))
+    outbox.path.write_bytes(operations)
+    (outbox.folder / "delivered.json").write_bytes(state)
+    last = Tags(run="pipeline", tags={"last": "word"})
+    outbox.append(OpenPipelineRun(experiment="e", name="n", tags={}, time=1.0), last)
+    server = Server()
+    judge("outbox", deliver, outbox, server)
+    assert server.tags[-1] == last.tags
 
 
 RECORD = RunRecord(

@@ -194,6 +194,17 @@ def test_a_corrupt_record_is_quarantined_with_a_warning(
     assert store.find(FINGERPRINT) == artifact
 
 
+def test_a_changed_number_of_a_record_is_seen(
+    store: Store, publish: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish()
+    path = folder(store) / "artifact.json"
+    path.write_text(path.read_text().replace('"num_records": 1', '"num_records": 3'))
+    with caplog.at_level(logging.WARNING):
+        assert store.find(FINGERPRINT) is None
+    assert "artifact.json has changed since it was sealed" in caplog.text
+
+
 def test_an_artifact_in_another_folder_is_corrupt(store: Store, publish: Write) -> None:
     publish()
     folder(store).rename(store.root / "artifacts" / ("b" * 64))

@@ -87,3 +87,17 @@ def test_what_the_stages_process_imports_is_light() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert output.stdout == "[]\n"
+
+
+def test_a_damaged_line_does_not_keep_a_stage_from_going_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = FileTracker(path)
+    for step in (1, 2, 3):
+        tracker.log_metrics({"loss": float(step)}, step)
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], b"\xff" + lines[1][1:], lines[2], b""]))
+    FileTracker(path).rewind(3)
+    assert [line.step for line in read_metrics(path)] == [1, 3]
+    assert "line 2 is damaged" in caplog.text

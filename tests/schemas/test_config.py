@@ -289,3 +289,26 @@ def test_a_configuration_cannot_be_changed() -> None:
 def test_shared_fixtures_are_not_changed_by_a_test() -> None:
     assert changed({"sft.max_length": 9})["sft"]["max_length"] == 9
     assert minimal_config()["sft"]["max_length"] == 32
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, {"train_sft": None, "evaluate": None}),
+        (30, {"train_sft": 30.0, "evaluate": 30.0}),
+        ({"train_sft": 60, "train_rl": 7200}, {"train_sft": 60.0, "evaluate": None}),
+    ],
+)
+def test_time_limits_are_for_all_stages_or_for_each(
+    given: Any, expected: dict[str, float | None]
+) -> None:
+    compute = PipelineConfig.model_validate(
+        {**minimal_config(), "compute": {"stage_timeout": given}}
+    ).compute
+    assert {stage: compute.timeout_of(stage) for stage in expected} == expected
+
+
+@pytest.mark.parametrize("given", [0, {"train_sft": -1}, {"train_slf": 60}])
+def test_a_time_limit_that_means_nothing_is_refused(given: Any) -> None:
+    with pytest.raises(ValidationError, match="stage_timeout"):
+        PipelineConfig.model_validate({**minimal_config(), "compute": {"stage_timeout": given}})
