@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from schemas.base import UserError
 from schemas.training import SupervisedConfig
 from stages import heartbeat, termination
 from stages.checkpoint import Checkpoint, Checkpoints
+from stages.memory import TokenBudget
 from stages.optimization import Optimizer
 from stages.ordering import records_at
 from stages.resumption import data_cursor, go_back, refuse_ruined, regular_step, say_resumed
@@ -66,6 +68,7 @@ class _Progress:
     """What a checkpoint keeps beside weights, moments and random numbers."""
 
     stability: Stability
+    budget: TokenBudget
     step: int = 0
     """Steps that are done."""
     position: int = 0
@@ -78,6 +81,7 @@ class _Progress:
             "position": self.position,
             "metrics": self.metrics,
             "stability": self.stability.state_dict(),
+            "micro_batch_tokens": self.budget.tokens,
         }
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -86,6 +90,7 @@ class _Progress:
         self.position = checkpoint.extra["position"]
         self.metrics = dict(checkpoint.extra["metrics"])
         self.stability.load_state_dict(checkpoint.extra["stability"])
+        self.budget.tokens = checkpoint.extra["micro_batch_tokens"]
 
     def go_back(self, checkpoint: Checkpoint) -> None:
         """Stand where a checkpoint stands; the data cursor and the decisions stay."""
@@ -99,7 +104,7 @@ def train(
     *,
     section: str,
     record_ids: Sequence[str],
-    micro_losses: Callable[[list[int]], Iterable[MicroLoss]],
+    micro_losses: Callable[[list[int], int], Iterable[MicroLoss]],
     settings: SupervisedConfig,
     seed: int,
     run_dir: Path,
@@ -108,7 +113,7 @@ def train(
     """Optimise the model on records, with checkpoints, resuming where an earlier attempt stopped.
 
     section: place of the settings in the recipe, for messages. micro_losses takes the indices of
-    one optimizer step and yields its micro-batches.
+    one optimizer step, and how many tokens may go through at once, and yields its micro-batches.
     Raises UserError where there is no record, and where `settings.stability` says so.
     """
     num_records = len(record_ids)
@@ -118,7 +123,8 @@ def train(
     optimizer = Optimizer.create(model, settings.optimizer, num_steps)
     checkpoints = Checkpoints(run_dir / "checkpoints", {"model": model}, {"model": optimizer})
     stability = Stability(settings.stability, f"{section}.stability")
-    progress = _Progress(stability)
+    budget = TokenBudget(settings.micro_batch_tokens, section)
+    progress = _Progress(stability, budget)
     torch.manual_seed(seed)
     checkpoint = checkpoints.resume()
     if checkpoint is not None:
@@ -136,7 +142,8 @@ def train(
         regular = done == num_steps or done == regular_step(done, settings.checkpoint_every)
         try:
             doing = f"training on step {done} of {num_steps} of {section}"
-            metrics = _step(model, optimizer, micro_losses(indices), stability, doing)
+            batch = partial(micro_losses, indices)
+            metrics = _step(optimizer, batch, budget, stability, doing)
             if regular:
                 refuse_ruined(checkpoints)
             metrics |= stability.metrics()
@@ -182,23 +189,28 @@ def train(
 
 
 def _step(
-    model: PreTrainedModel,
     optimizer: Optimizer,
-    micro_losses: Iterable[MicroLoss],
+    micro_losses: Callable[[int], Iterable[MicroLoss]],
+    budget: TokenBudget,
     stability: Stability,
     doing: str,
 ) -> dict[str, float]:
     """One optimizer step. Raises Unstable, with the weights untouched."""
-    heartbeat.beat(doing)
-    totals: dict[str, float] = {"loss": 0.0}
-    for micro in micro_losses:
-        loss = micro.loss.item()
-        stability.check_loss(loss)
-        micro.loss.backward()
+
+    def accumulate(max_tokens: int) -> dict[str, float]:
         heartbeat.beat(doing)
-        totals["loss"] += loss
-        for name, value in micro.metrics.items():
-            totals[name] = totals.get(name, 0.0) + value
+        sums: dict[str, float] = {"loss": 0.0}
+        for micro in micro_losses(max_tokens):
+            loss = micro.loss.item()
+            stability.check_loss(loss)
+            micro.loss.backward()
+            heartbeat.beat(doing)
+            sums["loss"] += loss
+            for name, value in micro.metrics.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return sums
+
+    totals = budget.run(accumulate, optimizer.clear)
     grad_norm = optimizer.clip()
     stability.check_grad_norm(grad_norm)
     return totals | {

@@ -74,7 +74,9 @@ def run(
         model,
         section="process_reward_model",
         record_ids=[str(record["id"]) for record in records],
-        micro_losses=lambda indices: micro_losses(model, [examples[i] for i in indices], config),
+        micro_losses=lambda indices, max_tokens: micro_losses(
+            model, [examples[i] for i in indices], config, max_tokens
+        ),
         settings=config,
         seed=request.seed,
         run_dir=run_dir,
@@ -155,11 +157,12 @@ def micro_losses(
     model: PreTrainedModel,
     examples: Sequence[Labelled],
     config: ProcessRewardModelConfig,
+    max_tokens: int,
 ) -> Iterator[supervised.MicroLoss]:
     """Mean cross entropy over the steps of the optimizer step, by micro-batch."""
     denominator = sum(len(example.labels) for example in examples)
     lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
-    for indices in micro_batches(lengths, config.micro_batch_tokens):
+    for indices in micro_batches(lengths, max_tokens):
         chosen = [examples[i] for i in indices]
         logits = step_logits(model, chosen)
         labels = torch.tensor(

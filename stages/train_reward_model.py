@@ -71,7 +71,9 @@ def run(
         model,
         section="reward_model",
         record_ids=[str(record["id"]) for record in records],
-        micro_losses=lambda indices: micro_losses(model, [pairs[i] for i in indices], config),
+        micro_losses=lambda indices, max_tokens: micro_losses(
+            model, [pairs[i] for i in indices], config, max_tokens
+        ),
         settings=config,
         seed=request.seed,
         run_dir=run_dir,
@@ -135,10 +137,10 @@ def score_pairs(model: PreTrainedModel, pairs: Sequence[Pair]) -> tuple[Tensor, 
 
 
 def micro_losses(
-    model: PreTrainedModel, pairs: Sequence[Pair], config: RewardModelConfig
+    model: PreTrainedModel, pairs: Sequence[Pair], config: RewardModelConfig, max_tokens: int
 ) -> Iterator[supervised.MicroLoss]:
     """Mean Bradley-Terry loss over the pairs of the optimizer step, by micro-batch."""
-    for indices in pair_batches(pairs, config.micro_batch_tokens):
+    for indices in pair_batches(pairs, max_tokens):
         chosen, rejected = score_pairs(model, [pairs[i] for i in indices])
         margin = torch.full_like(chosen, config.margin)
         loss = bradley_terry_loss(chosen, rejected, margin, config.centering).sum()

@@ -160,8 +160,8 @@ def _offline(
         policy,
         section="rl.dpo",
         record_ids=[str(record["id"]) for record in records],
-        micro_losses=lambda rows: dpo.micro_losses(
-            policy, [pairs[row] for row in rows], reference.select(rows), config
+        micro_losses=lambda rows, max_tokens: dpo.micro_losses(
+            policy, [pairs[row] for row in rows], reference.select(rows), config, max_tokens
         ),
         settings=config,
         seed=request.seed,

@@ -62,7 +62,9 @@ def run(request: TrainSFTRequest, *, run_dir: Path, tracker: Tracker) -> PolicyC
         trained,
         section="sft",
         record_ids=[str(record["id"]) for record in records],
-        micro_losses=lambda indices: micro_losses(trained, [examples[i] for i in indices], config),
+        micro_losses=lambda indices, max_tokens: micro_losses(
+            trained, [examples[i] for i in indices], config, max_tokens
+        ),
         settings=config,
         seed=request.seed,
         run_dir=run_dir,
@@ -123,12 +125,12 @@ def encode(
 
 
 def micro_losses(
-    model: PreTrainedModel, examples: Sequence[Example], config: SFTConfig
+    model: PreTrainedModel, examples: Sequence[Example], config: SFTConfig, max_tokens: int
 ) -> Iterator[supervised.MicroLoss]:
     """Mean cross entropy over the trainable tokens of the optimizer step, by micro-batch."""
     denominator = sum(sum(example.trainable[1:]) for example in examples)
     lengths = [len(example.input_ids) for example in examples]
-    for indices in micro_batches(lengths, config.micro_batch_tokens):
+    for indices in micro_batches(lengths, max_tokens):
         chosen = [examples[i] for i in indices]
         ids = [example.input_ids for example in chosen]
         batch = pack([[]] * len(ids), ids, device=model.device)

@@ -67,9 +67,10 @@ def micro_losses(
     pairs: Sequence[Pair],
     reference: PairLogprobs,
     config: DPOConfig,
+    max_tokens: int,
 ) -> Iterator[MicroLoss]:
     """Mean loss over the pairs of the optimizer step, by micro-batch."""
-    for rows in pair_batches(pairs, config.micro_batch_tokens):
+    for rows in pair_batches(pairs, max_tokens):
         chosen = [pairs[row] for row in rows]
         sequences = _both_sides(chosen)
         width = max(len(completion) for completion in sequences.completion_ids)

@@ -19,6 +19,7 @@ from stages import heartbeat, termination
 from stages.checkpoint import Checkpoint, Checkpoints
 from stages.core.kl import kl_k1
 from stages.core.masks import masked_sum
+from stages.memory import TokenBudget
 from stages.optimization import Optimizer
 from stages.resumption import data_cursor, go_back, refuse_ruined, regular_step, say_resumed
 from stages.rewards.composition import Rewarder
@@ -80,6 +81,7 @@ class _Progress:
     guards: Guards
     stability: Stability
     probe: HeldOutProbe
+    budget: TokenBudget
     step: int = 0
     """Steps that are done."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class _Progress:
             "flat_fractions": self.guards.flat_fractions,
             "stability": self.stability.state_dict(),
             "checks": self.probe.checks,
+            "micro_batch_tokens": self.budget.tokens,
         }
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -100,6 +103,7 @@ class _Progress:
         self.go_back(checkpoint)
         self.stream.position = checkpoint.extra["position"]
         self.stability.load_state_dict(checkpoint.extra["stability"])
+        self.budget.tokens = checkpoint.extra["micro_batch_tokens"]
 
     def go_back(self, checkpoint: Checkpoint) -> None:
         """Stand where a checkpoint stands; the data cursor and the decisions stay."""
@@ -123,6 +127,7 @@ class _Parts:
     sampler: Sampler
     probe: HeldOutProbe
     stability: Stability
+    budget: TokenBudget
     checkpoints: Checkpoints
     traces: Traces
     engine_is_exact: bool
@@ -165,7 +170,7 @@ def train(
     )
     checkpoints, probe = parts.checkpoints, parts.probe
     guards = Guards(config, compares_groups=algorithm.critic is None)
-    progress = _Progress(algorithm, parts.stream, guards, parts.stability, probe)
+    progress = _Progress(algorithm, parts.stream, guards, parts.stability, probe, parts.budget)
     torch.manual_seed(seed)
     resumed_from = _start(progress, parts, tracker)
     while progress.step < config.num_steps:
@@ -232,6 +237,7 @@ def _parts(
         sampler=Sampler(engine, rewarder, stream, config, algorithm.dynamic_sampling_rounds),
         probe=HeldOutProbe(engine, rewarder, held_out, config),
         stability=Stability(config.stability, "rl.online.stability"),
+        budget=TokenBudget(config.micro_batch_tokens, "rl.online"),
         checkpoints=_checkpoints(run_dir, learner),
         traces=Traces(run_dir / "traces", config, decode),
         engine_is_exact=engine_is_exact,
@@ -269,6 +275,7 @@ def _learn(parts: _Parts, found: ScoredRollouts, step: int, step_seed: int) -> d
         models.reference if algorithm.needs_reference else None,
         models.critic,
         config=config,
+        budget=parts.budget,
         engine_is_exact=parts.engine_is_exact,
     )
     credit = algorithm.credit(experience, step)
@@ -289,6 +296,7 @@ def _learn(parts: _Parts, found: ScoredRollouts, step: int, step_seed: int) -> d
             train_policy=not warming_up,
             engine_is_exact=parts.engine_is_exact,
             stability=parts.stability,
+            budget=parts.budget,
             step=done,
             record_ids=parts.stream.record_ids,
         )

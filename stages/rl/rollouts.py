@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from schemas.rl import OnlineConfig
 from stages.core.shaping import overlong_penalty
 from stages.forward import Sequences, all_completion_logprobs, all_completion_values
+from stages.memory import TokenBudget
 from stages.ordering import records_at
 from stages.rewards.composition import RewardBreakdown, Rewarder
 from stages.rl.experience import Experience
@@ -136,6 +138,7 @@ def make_experience(
     critic: Critic | None,
     *,
     config: OnlineConfig,
+    budget: TokenBudget,
     engine_is_exact: bool,
 ) -> Experience:
     """Tensors of a rollout batch.
@@ -154,14 +157,25 @@ def make_experience(
     width = max(len(rollout.completion_ids) for rollout in rollouts)
     mask = _mask(rollouts, width, config.mask_truncated).to(device)
     rollout_logprobs = _padded([rollout.rollout_logprobs for rollout in rollouts], width).to(device)
-    temperature, max_tokens = config.sampling.temperature, config.micro_batch_tokens
+    temperature = config.sampling.temperature
+
+    def logprobs_of(model: PreTrainedModel) -> Tensor:
+        return budget.run(
+            lambda max_tokens: all_completion_logprobs(
+                model, sequences, width, max_tokens, temperature
+            ),
+            lambda: None,
+        )
+
     if engine_is_exact or single_update(config):
         old_logprobs = rollout_logprobs
     else:
-        old_logprobs = all_completion_logprobs(policy, sequences, width, max_tokens, temperature)
+        old_logprobs = logprobs_of(policy)
     values, values_after = None, None
     if critic is not None:
-        values, values_after = all_completion_values(critic, sequences, width, max_tokens)
+        values, values_after = budget.run(
+            partial(all_completion_values, critic, sequences, width), lambda: None
+        )
     return Experience(
         rollouts=rollouts,
         sequences=sequences,
@@ -170,11 +184,7 @@ def make_experience(
         completion_mask=mask,
         rollout_logprobs=rollout_logprobs,
         old_logprobs=old_logprobs,
-        ref_logprobs=(
-            all_completion_logprobs(reference, sequences, width, max_tokens, temperature)
-            if reference is not None
-            else None
-        ),
+        ref_logprobs=(logprobs_of(reference) if reference is not None else None),
         values=values,
         values_after=values_after,
     )

@@ -16,6 +16,7 @@ from stages.core.aggregation import aggregate, denominator
 from stages.core.losses import mismatch_kl, mismatch_weights
 from stages.core.masks import masked_sum
 from stages.forward import completion_outputs, completion_values
+from stages.memory import TokenBudget
 from stages.optimization import Optimizer
 from stages.rl.algorithms import OnlineAlgorithm
 from stages.rl.experience import Credit, Experience, TrainBatch
@@ -70,6 +71,7 @@ def update(
     train_policy: bool,
     engine_is_exact: bool,
     stability: Stability,
+    budget: TokenBudget,
     step: int,
     record_ids: Callable[[Sequence[Rollout]], list[str]],
 ) -> dict[str, float]:
@@ -86,15 +88,30 @@ def update(
         metrics: dict[str, float] = {}
         try:
             if train_policy:
-                metrics |= _policy_gradient(
-                    learner, experience, batch, rows, algorithm, config, engine_is_exact, stability
+                metrics |= budget.run(
+                    lambda max_tokens, rows=rows: _policy_gradient(  # type: ignore[misc]
+                        learner,
+                        experience,
+                        batch,
+                        rows,
+                        algorithm,
+                        config,
+                        engine_is_exact,
+                        stability,
+                        max_tokens,
+                    ),
+                    learner.policy_optimizer.clear,
                 )
                 if not found:
                     # Before the first update of the batch, policy and engine must be the same.
                     _check_mismatch(metrics["mismatch_kl"], config)
             if learner.critic is not None and not (train_policy and learner.shared_critic):
-                metrics |= _critic_gradient(
-                    learner, experience, batch, rows, algorithm, config, stability
+                assert learner.critic_optimizer is not None
+                metrics |= budget.run(
+                    lambda max_tokens, rows=rows: _critic_gradient(  # type: ignore[misc]
+                        learner, experience, batch, rows, algorithm, stability, max_tokens
+                    ),
+                    learner.critic_optimizer.clear,
                 )
             found.append(metrics | _step(learner, train_policy, stability))
         except Unstable as problem:
@@ -135,6 +152,7 @@ def _policy_gradient(
     config: OnlineConfig,
     engine_is_exact: bool,
     stability: Stability,
+    max_tokens: int,
 ) -> dict[str, float]:
     """Gradient of the policy's loss; with a shared critic, of the value loss too, in one pass."""
     critic = learner.shared_critic
@@ -147,7 +165,7 @@ def _policy_gradient(
     if critic is not None:
         sums |= _NO_CRITIC_LOSS
     learner.policy.train()
-    for chosen in _micro(experience, rows, config.micro_batch_tokens):
+    for chosen in _micro(experience, rows, max_tokens):
         micro = batch.select(chosen)
         logprobs, entropy, values = completion_outputs(
             learner.policy,
@@ -190,15 +208,15 @@ def _critic_gradient(
     batch: TrainBatch,
     rows: list[int],
     algorithm: OnlineAlgorithm,
-    config: OnlineConfig,
     stability: Stability,
+    max_tokens: int,
 ) -> dict[str, float]:
     """Gradient of the value loss alone; a shared critic warms up here, and only its head."""
     assert learner.critic is not None
     mask = batch.completion_mask[rows]
     sums = dict(_NO_CRITIC_LOSS)
     learner.critic.train()
-    for chosen in _micro(experience, rows, config.micro_batch_tokens):
+    for chosen in _micro(experience, rows, max_tokens):
         values = completion_values(
             learner.critic,
             experience.sequences.select(chosen),

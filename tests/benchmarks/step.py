@@ -23,20 +23,23 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from infra.devices import resolve_device
-from schemas.rl import DPOConfig, OnlineConfig, RLConfig, RolloutConfig
+from schemas.rl import DPOConfig, RLConfig, RolloutConfig
 from schemas.training import (
     OptimizerConfig,
     ProcessRewardModelConfig,
     RewardModelConfig,
     SFTConfig,
+    StabilityConfig,
 )
 from stages import train_process_reward_model, train_reward_model, train_sft
+from stages.memory import TokenBudget
 from stages.models import load_policy, load_with_head, num_parameters
 from stages.optimization import Optimizer
 from stages.precision import use_precision
@@ -47,6 +50,7 @@ from stages.rl.rollouts import PromptRecord, ScoredRollouts, make_experience
 from stages.rl.update import Learner, update
 from stages.rollout.engine import build_engine
 from stages.rollout.types import Rollout
+from stages.stability import Stability
 from stages.supervised import MicroLoss
 from stages.train_process_reward_model import Labelled
 from stages.train_reward_model import Pair
@@ -107,6 +111,7 @@ class Work:
 def _offline(args: argparse.Namespace, device: torch.device) -> Work:
     folder = Path(args.model)
     optimizer_config = OptimizerConfig(learning_rate=1e-6)
+    budget = args.micro_batch_tokens
     settings: dict[str, Any] = {
         "optimizer": optimizer_config,
         "max_length": args.prompt_tokens + args.completion_tokens,
@@ -125,7 +130,7 @@ def _offline(args: argparse.Namespace, device: torch.device) -> Work:
         case "sft":
             sft = SFTConfig.model_validate(settings)
             examples = [Example(draw.ids(tokens), [True] * tokens) for _ in range(args.prompts)]
-            losses = lambda: train_sft.micro_losses(model, examples, sft)  # noqa: E731
+            losses = partial(train_sft.micro_losses, model, examples, sft, budget)
             num_tokens = args.prompts * tokens
         case "prm":
             prm = ProcessRewardModelConfig.model_validate(settings)
@@ -134,12 +139,12 @@ def _offline(args: argparse.Namespace, device: torch.device) -> Work:
                 Labelled(draw.prompt(), draw.completion(), ends, [i % 2 for i in range(len(ends))])
                 for _ in range(args.prompts)
             ]
-            losses = lambda: train_process_reward_model.micro_losses(model, labelled, prm)  # noqa: E731
+            losses = partial(train_process_reward_model.micro_losses, model, labelled, prm, budget)
             num_tokens = args.prompts * tokens
         case "rm":
             rm = RewardModelConfig.model_validate(settings)
             pairs = draw.pairs()
-            losses = lambda: train_reward_model.micro_losses(model, pairs, rm)  # noqa: E731
+            losses = partial(train_reward_model.micro_losses, model, pairs, rm, budget)
             num_tokens = 2 * args.prompts * tokens
         case _:
             config = DPOConfig.model_validate(settings)
@@ -150,7 +155,7 @@ def _offline(args: argparse.Namespace, device: torch.device) -> Work:
 
             def losses() -> Iterator[MicroLoss]:
                 scores = dpo.reference_logprobs(reference, pairs, config)
-                yield from dpo.micro_losses(model, pairs, scores, config)
+                yield from dpo.micro_losses(model, pairs, scores, config, budget)
 
     def step(clock: Clock) -> None:
         model.train()
@@ -162,6 +167,7 @@ def _offline(args: argparse.Namespace, device: torch.device) -> Work:
                     break
                 one.loss.backward()  # type: ignore[no-untyped-call]
         with clock.part("optimizer"):
+            optimizer.clip()
             optimizer.step()
 
     size = num_parameters(model)
@@ -205,6 +211,8 @@ def _online(args: argparse.Namespace, device: torch.device) -> Work:
     draw = _Drawn(policy.config.get_text_config().vocab_size, args)
     records = [PromptRecord({"id": str(i)}, draw.prompt()) for i in range(args.prompts)]
     learner = Learner(policy, optimizer, critic, critic_optimizer)
+    budget = TokenBudget(args.micro_batch_tokens, "rl.online")
+    stability = Stability(StabilityConfig(), "rl.online.stability")
     exact = args.engine == "native" and args.precision == "float32"
 
     def step(clock: Clock) -> None:
@@ -221,7 +229,13 @@ def _online(args: argparse.Namespace, device: torch.device) -> Work:
             found = ScoredRollouts(rollouts, _rewards(rollouts))
         with clock.part("log-probabilities"):
             experience = make_experience(
-                found, policy, reference, critic, config=online, engine_is_exact=exact
+                found,
+                policy,
+                reference,
+                critic,
+                config=online,
+                budget=budget,
+                engine_is_exact=exact,
             )
             credit = algorithm.credit(experience, optimizer.step_count)
         with clock.part("loss, backward and optimizer"):
@@ -234,6 +248,10 @@ def _online(args: argparse.Namespace, device: torch.device) -> Work:
                 seed=optimizer.step_count,
                 train_policy=True,
                 engine_is_exact=exact,
+                stability=stability,
+                budget=budget,
+                step=1,
+                record_ids=lambda rollouts: [],
             )
 
     rows = args.prompts * args.group_size

@@ -62,8 +62,13 @@ def text(tokenizer, generator, length):
 
 def single_token_words(tokenizer):
     """Ids of words with a leading space that stay one token beside any other of them."""
-    kept = [i for i in range(200, 20000) if tokenizer.decode([i])[1:].isalpha()
-            and tokenizer.decode([i])[0] == " " and tokenizer.decode([i])[1:].isascii()]
+    kept = [
+        i
+        for i in range(200, 20000)
+        if tokenizer.decode([i])[1:].isalpha()
+        and tokenizer.decode([i])[0] == " "
+        and tokenizer.decode([i])[1:].isascii()
+    ]
     return torch.tensor(kept)
 
 
@@ -78,21 +83,25 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         trainer, tokens, generated = build(args, tokenizer, folder, clock)
         trainer.train()
-    print(json.dumps({
-        "algorithm": args.algorithm,
-        "settings": args.settings,
-        "trl": trl.__version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "steps": clock.steps,
-        "seconds_a_step": clock.wall / clock.steps,
-        "cpu_seconds_a_step": clock.cpu / clock.steps,
-        "training_tokens": tokens,
-        "generated_tokens": generated,
-        "tokens_a_cpu_second": tokens * clock.steps / clock.cpu,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }))
+    print(
+        json.dumps(
+            {
+                "algorithm": args.algorithm,
+                "settings": args.settings,
+                "trl": trl.__version__,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "steps": clock.steps,
+                "seconds_a_step": clock.wall / clock.steps,
+                "cpu_seconds_a_step": clock.cpu / clock.steps,
+                "training_tokens": tokens,
+                "generated_tokens": generated,
+                "tokens_a_cpu_second": tokens * clock.steps / clock.cpu,
+                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+        )
+    )
 
 
 def build(args, tokenizer, folder, clock):
@@ -138,14 +147,16 @@ def build(args, tokenizer, folder, clock):
         )
         return trainer, per_step * length, 0
     if args.algorithm in ("rm", "dpo"):
-        data = Dataset.from_list([
-            {
-                "prompt": text(tokenizer, generator, args.prompt_tokens),
-                "chosen": text(tokenizer, generator, args.completion_tokens - 1),
-                "rejected": text(tokenizer, generator, args.completion_tokens - 1),
-            }
-            for _ in range(rows)
-        ])
+        data = Dataset.from_list(
+            [
+                {
+                    "prompt": text(tokenizer, generator, args.prompt_tokens),
+                    "chosen": text(tokenizer, generator, args.completion_tokens - 1),
+                    "rejected": text(tokenizer, generator, args.completion_tokens - 1),
+                }
+                for _ in range(rows)
+            ]
+        )
         of_pair = batches(args, 2 * length)
         if args.algorithm == "rm":
             data = data.map(
@@ -156,37 +167,50 @@ def build(args, tokenizer, folder, clock):
             model.config.pad_token_id = tokenizer.pad_token_id
             config = trl.RewardConfig(**common, **of_pair, max_length=length)
             trainer = trl.RewardTrainer(
-                model=model, args=config, train_dataset=data,
-                processing_class=tokenizer, callbacks=[clock],
+                model=model,
+                args=config,
+                train_dataset=data,
+                processing_class=tokenizer,
+                callbacks=[clock],
             )
         else:
             config = trl.DPOConfig(**common, **of_pair, max_length=length)
             trainer = trl.DPOTrainer(
-                model=model_of(AutoModelForCausalLM, args), args=config, train_dataset=data,
-                processing_class=tokenizer, callbacks=[clock],
+                model=model_of(AutoModelForCausalLM, args),
+                args=config,
+                train_dataset=data,
+                processing_class=tokenizer,
+                callbacks=[clock],
             )
         return trainer, 2 * args.prompts * length, 0
     if args.algorithm == "prm":
-        PRMConfig, PRMTrainer = prm_classes()
+        config_cls, cls = prm_classes()
         size = 16
-        data = Dataset.from_list([
-            {
-                "prompt": text(tokenizer, generator, args.prompt_tokens),
-                "completions": [
-                    text(tokenizer, generator, size - 1)
-                    for _ in range(args.completion_tokens // size)
-                ],
-                "labels": [i % 2 == 0 for i in range(args.completion_tokens // size)],
-            }
-            for _ in range(rows)
-        ])
-        config = PRMConfig(
-            **common, **batches(args, length), max_length=length + 8,
+        data = Dataset.from_list(
+            [
+                {
+                    "prompt": text(tokenizer, generator, args.prompt_tokens),
+                    "completions": [
+                        text(tokenizer, generator, size - 1)
+                        for _ in range(args.completion_tokens // size)
+                    ],
+                    "labels": [i % 2 == 0 for i in range(args.completion_tokens // size)],
+                }
+                for _ in range(rows)
+            ]
+        )
+        config = config_cls(
+            **common,
+            **batches(args, length),
+            max_length=length + 8,
             max_completion_length=args.completion_tokens + 8,
         )
-        trainer = PRMTrainer(
-            model=model_of(AutoModelForTokenClassification, args, num_labels=2), args=config,
-            train_dataset=data, processing_class=tokenizer, callbacks=[clock],
+        trainer = cls(
+            model=model_of(AutoModelForTokenClassification, args, num_labels=2),
+            args=config,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[clock],
         )
         return trainer, args.prompts * length, 0
     sequences = args.prompts * args.group_size

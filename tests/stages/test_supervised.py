@@ -45,12 +45,12 @@ def train(
     data = examples()
     calls = 0
 
-    def losses(indices: list[int]):  # type: ignore[no-untyped-def]
+    def losses(indices: list[int], max_tokens: int):  # type: ignore[no-untyped-def]
         nonlocal calls
         calls += 1
         if calls == die_at:
             raise Killed
-        return micro_losses(model, [data[i] for i in indices], config)
+        return micro_losses(model, [data[i] for i in indices], config, max_tokens)
 
     try:
         result = supervised.train(
@@ -128,7 +128,7 @@ def test_micro_batches_do_not_change_the_gradient() -> None:
     for tokens in (20, 1000):
         model, _ = load_base(tiny_config(), seed=0)
         config = CONFIG.model_copy(update={"micro_batch_tokens": tokens})
-        micro = list(micro_losses(model, examples()[:8], config))
+        micro = list(micro_losses(model, examples()[:8], config, tokens))
         assert (len(micro) > 1) == (tokens == 20)
         for one in micro:
             one.loss.backward()  # type: ignore[no-untyped-call]

@@ -64,12 +64,12 @@ def train(
     bad = [slot(number) for number in bad_slots]
     calls = 0
 
-    def losses(indices: list[int]) -> Iterator[MicroLoss]:
+    def losses(indices: list[int], max_tokens: int) -> Iterator[MicroLoss]:
         nonlocal calls
         calls += 1
         if calls == die_at:
             raise Killed
-        for micro in micro_losses(model, [data[i] for i in indices], config):
+        for micro in micro_losses(model, [data[i] for i in indices], config, max_tokens):
             yield poison(model, micro) if indices in bad else micro
 
     try:
@@ -100,7 +100,7 @@ def by_hand(schedule: list[tuple[int, int, float]]) -> PreTrainedModel:
     ]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for step, place, factor in schedule:
-        for micro in micro_losses(model, [data[i] for i in slot(place)], CONFIG):
+        for micro in micro_losses(model, [data[i] for i in slot(place)], CONFIG, CONFIG.micro_batch_tokens):
             micro.loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in adamw.param_groups:
@@ -237,8 +237,8 @@ def test_stop_is_the_default_and_comes_before_any_gradient(tmp_path: Path) -> No
     before = {name: value.clone() for name, value in model.state_dict().items()}
     data = examples()
 
-    def losses(indices: list[int]) -> Iterator[MicroLoss]:
-        for micro in micro_losses(model, [data[i] for i in indices], CONFIG):
+    def losses(indices: list[int], max_tokens: int) -> Iterator[MicroLoss]:
+        for micro in micro_losses(model, [data[i] for i in indices], CONFIG, max_tokens):
             yield not_a_number(model, micro)
             # Not come to: the first micro-batch has ended the step.
             raise AssertionError

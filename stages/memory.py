@@ -1,0 +1,72 @@
+"""What goes through the model at once, and less of it where memory does not suffice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from schemas.base import UserError
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+# Below this a micro-batch is so small that the model itself must be what does not fit.
+_LEAST = 16
+
+
+class TokenBudget:
+    """Tokens of a micro-batch. An out-of-memory error halves it, and the pass is done again.
+
+    The result of a pass does not depend on how it is split, but for rounding; so that a resumed
+    stage splits as the first attempt did, the budget belongs into its checkpoints.
+    """
+
+    def __init__(self, tokens: int, section: str) -> None:
+        self.tokens = tokens
+        self._section = section
+
+    def run(self, work: Callable[[int], _Result], clear: Callable[[], None]) -> _Result:
+        """`work(tokens)`, again with half of them for as long as memory runs out.
+
+        clear: takes back what an unfinished attempt has left, gradients above all.
+        Raises UserError where the smallest micro-batch does not fit.
+        """
+        while True:
+            try:
+                return work(self.tokens)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                problem = str(error).splitlines()[0][:200]
+            # Outside of the handler: its traceback holds the tensors of the attempt.
+            clear()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._halve(problem)
+
+    def _halve(self, problem: str) -> None:
+        if self.tokens <= _LEAST:
+            raise UserError(
+                f"out of memory with {self.tokens} tokens at once ({problem}): use a smaller "
+                f"model, shorter sequences, or a device with more memory"
+            )
+        self.tokens //= 2
+        logger.warning(
+            "out of memory (%s): going on with %d tokens at once; set %s.micro_batch_tokens to "
+            "that to begin with it",
+            problem,
+            self.tokens,
+            self._section,
+        )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch's allocator on the CPU has no own class."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "DefaultCPUAllocator" in text and "allocate memory" in text

@@ -1,0 +1,97 @@
+"""Memory that runs out: half as much at once, the same step, and the user is told."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from schemas.base import UserError
+from stages import supervised
+from stages.memory import TokenBudget, out_of_memory
+from stages.models import load_base
+from stages.train_sft import micro_losses
+from tests.stages.conftest import tiny_config
+from tests.stages.fakes import MemoryTracker
+from tests.stages.test_supervised import CONFIG, examples
+
+CPU_MESSAGE = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
+
+
+def test_the_budget_is_halved_until_it_fits(caplog: pytest.LogCaptureFixture) -> None:
+    budget = TokenBudget(1000, "sft")
+    tried: list[int] = []
+    cleared: list[None] = []
+
+    def work(tokens: int) -> str:
+        tried.append(tokens)
+        if tokens > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+        return "done"
+
+    with caplog.at_level(logging.WARNING):
+        assert budget.run(work, lambda: cleared.append(None)) == "done"
+    assert tried == [1000, 500, 250]
+    assert len(cleared) == 2
+    assert "going on with 250 tokens at once; set sft.micro_batch_tokens" in caplog.text
+    # It stays: the next step does not fail twice first.
+    budget.run(work, lambda: None)
+    assert tried[3:] == [250]
+
+
+def test_what_does_not_fit_at_all_is_an_error() -> None:
+    def work(tokens: int) -> None:
+        raise RuntimeError(CPU_MESSAGE)
+
+    with pytest.raises(UserError, match="out of memory with 15 tokens at once"):
+        TokenBudget(1000, "sft").run(work, lambda: None)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), ValueError("no")])
+def test_other_errors_are_left_alone(error: Exception) -> None:
+    def work(tokens: int) -> None:
+        raise error
+
+    assert not out_of_memory(error)
+    with pytest.raises(type(error)):
+        TokenBudget(1000, "sft").run(work, lambda: None)
+
+
+def trained(run_dir: Path, limit: int | None, tokens: int) -> tuple[dict[str, Any], int]:
+    """Weights after SFT on a machine on which more than `limit` tokens at once do not fit."""
+    model, _ = load_base(tiny_config(), seed=0)
+    data = examples()
+    config = CONFIG.model_copy(update={"micro_batch_tokens": tokens})
+    failures = 0
+
+    def losses(indices: list[int], max_tokens: int) -> Any:
+        nonlocal failures
+        for number, micro in enumerate(
+            micro_losses(model, [data[i] for i in indices], config, max_tokens)
+        ):
+            if limit is not None and max_tokens > limit and number == 1:
+                failures += 1
+                raise RuntimeError(CPU_MESSAGE)  # after a gradient that must not count
+            yield micro
+
+    supervised.train(
+        model,
+        section="sft",
+        record_ids=[str(i) for i in range(len(data))],
+        micro_losses=losses,
+        settings=config,
+        seed=5,
+        run_dir=run_dir,
+        tracker=MemoryTracker(),
+    )
+    return dict(model.state_dict()), failures
+
+
+def test_training_goes_on_as_if_it_had_begun_with_less(tmp_path: Path) -> None:
+    expected, _ = trained(tmp_path / "less", None, 16)
+    observed, failures = trained(tmp_path / "half", 16, 32)
+    assert failures == 1
+    assert all(torch.equal(observed[name], expected[name]) for name in expected)
