@@ -69,7 +69,7 @@ class RunTracking:
         self._say(Document(run=key, path=self.outbox.keep(path)))
 
     def is_unfinished(self, key: str) -> bool:
-        """Whether a stage was begun by this run, or an earlier try of it, and not closed as done."""
+        """Whether a stage was begun by this run, or an earlier try, and not closed as finished."""
         return self.outbox.is_unfinished(key)
 
     def finish(self, key: str, status: RunStatus) -> None:

@@ -40,7 +40,7 @@ from schemas.training import (
 )
 from stages import train_process_reward_model, train_reward_model, train_sft
 from stages.memory import TokenBudget
-from stages.models import load_policy, load_with_head, num_parameters
+from stages.models import load_policy, load_with_head, num_parameters, to_device
 from stages.optimization import Optimizer
 from stages.precision import use_precision
 from stages.rewards.composition import RewardBreakdown
@@ -120,7 +120,7 @@ def _offline(args: argparse.Namespace, device: torch.device) -> Work:
     }
     kind = {"rm": "outcome", "prm": "process"}.get(args.algorithm)
     model = load_with_head(folder, kind, 0) if kind else load_policy(folder, device)
-    use_precision(model.to(device), args.precision)
+    use_precision(to_device(model, device), args.precision)
     optimizer = Optimizer.create(model, optimizer_config, 1000)
     draw = _Drawn(model.config.get_text_config().vocab_size, args)
     tokens = args.prompt_tokens + args.completion_tokens
@@ -165,7 +165,7 @@ def _offline(args: argparse.Namespace, device: torch.device) -> Work:
                 one = next(micro, None)
                 if one is None:
                     break
-                one.loss.backward()  # type: ignore[no-untyped-call]
+                one.loss.backward()
         with clock.part("optimizer"):
             optimizer.clip()
             optimizer.step()
@@ -198,7 +198,9 @@ def _online(args: argparse.Namespace, device: torch.device) -> Work:
         reference = use_precision(load_policy(folder, device), args.precision).eval()
     critic = critic_optimizer = None
     if algorithm.critic is not None:
-        critic = use_precision(load_with_head(folder, "value", 0).to(device), args.precision)
+        critic = use_precision(
+            to_device(load_with_head(folder, "value", 0), device), args.precision
+        )
         critic_optimizer = Optimizer.create(critic, algorithm.critic.optimizer, 1000)
     optimizer = Optimizer.create(policy, algorithm.optimizer, 1000)
     engine = build_engine(

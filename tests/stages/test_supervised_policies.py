@@ -100,7 +100,8 @@ def by_hand(schedule: list[tuple[int, int, float]]) -> PreTrainedModel:
     ]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for step, place, factor in schedule:
-        for micro in micro_losses(model, [data[i] for i in slot(place)], CONFIG, CONFIG.micro_batch_tokens):
+        chosen = [data[i] for i in slot(place)]
+        for micro in micro_losses(model, chosen, CONFIG, CONFIG.micro_batch_tokens):
             micro.loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in adamw.param_groups:
