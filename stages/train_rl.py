@@ -87,7 +87,10 @@ def _online(
         model=policy,
         model_folder=folder,
         eos_token_ids=request.policy.contract.eos_token_ids,
+        tokenizer=tokenizer,
         pad_token_id=tokenizer.pad_token_id,
+        while_training=config.max_policy_lag > 0,
+        why=request.runtime.engine_reason,
     )
     rewarder = build_rewarder(
         request.reward,
@@ -112,15 +115,23 @@ def _online(
             config,
             pad_token_id=tokenizer.pad_token_id,
             decode=partial(decode, tokenizer),
-            engine_is_exact=request.rollout.engine == "native",
+            engine_is_exact=request.rollout.engine == "native" and config.max_policy_lag == 0,
             seed=request.seed,
             run_dir=run_dir,
             tracker=tracker,
         )
+        audit = {
+            "credit": algorithm.state_dict(),
+            "rollout": {
+                "engine": request.rollout.engine,
+                "reason": request.runtime.engine_reason,
+                **engine.report(),
+            },
+        }
     finally:
         engine.close()
         rewarder.close()
-    return result.num_steps, result.metrics, {"credit": algorithm.state_dict()}
+    return result.num_steps, result.metrics, audit
 
 
 def _offline(

@@ -21,6 +21,7 @@ from stages.core.masks import masked_sum
 from stages.optimization import Optimizer
 from stages.rewards.composition import Rewarder
 from stages.rl.algorithms import OnlineAlgorithm
+from stages.rl.batches import Batches, policy_lag
 from stages.rl.experience import CreditMode, Experience
 from stages.rl.guards import Guards, refuse_truncation
 from stages.rl.rollouts import (
@@ -86,63 +87,68 @@ def train(
     guards = Guards(config, compares_groups=algorithm.critic is None)
     traces = Traces(run_dir / "traces", config, decode)
     torch.manual_seed(seed)
-    start, metrics = _resume(checkpoints, algorithm, stream, guards, tracker, config)
-    traces.rewind(start or 0)
-    for step in range(start or 0, config.num_steps):
-        engine.update_weights(models.policy, step)
+
+    def seed_of(step: int) -> int:
         # Seeds of different steps must not meet, whatever rounds and epochs add to them.
-        step_seed = (seed * 1_000_003 + step) * 1_009
-        found = sampler.sample(step_seed)
-        refuse_truncation(found, config)
-        experience = make_experience(
-            found,
-            models.policy,
-            models.reference if algorithm.needs_reference else None,
-            models.critic,
-            config=config,
-            pad_token_id=pad_token_id,
-            engine_is_exact=engine_is_exact,
-        )
-        credit = algorithm.credit(experience, step)
-        warming_up = algorithm.critic is not None and step < algorithm.critic.warmup_steps
-        metrics = (
-            _batch_metrics(found, experience, config)
-            | {"kl/mean": _kl_to_reference(experience, models.reference, config)}
-            | credit.metrics
-            | {"credit/mode": _MODES[credit.mode]}
-            | update(
-                learner,
-                experience,
-                credit,
-                algorithm,
-                config,
-                seed=step_seed,
-                train_policy=not warming_up,
+        return (seed * 1_000_003 + step) * 1_009
+
+    with Batches(engine, sampler, stream, models.policy, config, seed_of) as batches:
+        start, metrics = _resume(checkpoints, algorithm, batches, guards, tracker, config)
+        traces.rewind(start or 0)
+        for step in range(start or 0, config.num_steps):
+            found = batches.take(step)
+            refuse_truncation(found, config)
+            experience = make_experience(
+                found,
+                models.policy,
+                models.reference if algorithm.needs_reference else None,
+                models.critic,
+                config=config,
+                pad_token_id=pad_token_id,
                 engine_is_exact=engine_is_exact,
             )
-        )
-        done = step + 1
-        if traces.due(step):
-            rows = traces.traced_rows(experience)
-            after = after_update(models.policy, experience, credit, algorithm, config, rows)
-            ref_logprobs = reference_logprobs(models.reference, experience, config, rows)
-            traces.write(done, experience, credit, after, ref_logprobs, metrics)
-        tracker.log_metrics(metrics, done)
-        logger.info("step %d/%d  %s", done, config.num_steps, _summary(metrics))
-        guards.check(metrics)
-        stopping = termination.requested()
-        if done % config.checkpoint_every == 0 or done == config.num_steps or stopping:
-            checkpoints.save(
-                done,
-                {
-                    "metrics": metrics,
-                    "position": stream.position,
-                    "algorithm": algorithm.state_dict(),
-                    "flat_fractions": guards.flat_fractions,
-                },
+            credit = algorithm.credit(experience, step)
+            warming_up = algorithm.critic is not None and step < algorithm.critic.warmup_steps
+            metrics = (
+                _batch_metrics(found, experience, config)
+                | {"rollouts/policy_lag": policy_lag(found, step)}
+                | engine.report()
+                | {"kl/mean": _kl_to_reference(experience, models.reference, config)}
+                | credit.metrics
+                | {"credit/mode": _MODES[credit.mode]}
+                | update(
+                    learner,
+                    experience,
+                    credit,
+                    algorithm,
+                    config,
+                    seed=seed_of(step),
+                    train_policy=not warming_up,
+                    engine_is_exact=engine_is_exact,
+                )
             )
-        if stopping and done < config.num_steps:
-            raise termination.Terminated(f"stopped after step {done} of {config.num_steps}")
+            done = step + 1
+            if traces.due(step):
+                rows = traces.traced_rows(experience)
+                after = after_update(models.policy, experience, credit, algorithm, config, rows)
+                ref_logprobs = reference_logprobs(models.reference, experience, config, rows)
+                traces.write(done, experience, credit, after, ref_logprobs, metrics)
+            tracker.log_metrics(metrics, done)
+            logger.info("step %d/%d  %s", done, config.num_steps, _summary(metrics))
+            guards.check(metrics)
+            stopping = termination.requested()
+            if done % config.checkpoint_every == 0 or done == config.num_steps or stopping:
+                checkpoints.save(
+                    done,
+                    {
+                        "metrics": metrics,
+                        "algorithm": algorithm.state_dict(),
+                        "flat_fractions": guards.flat_fractions,
+                    }
+                    | batches.state_dict(),
+                )
+            if stopping and done < config.num_steps:
+                raise termination.Terminated(f"stopped after step {done} of {config.num_steps}")
     return OnlineResult(config.num_steps, start, metrics)
 
 
@@ -178,7 +184,7 @@ def _checkpoints(run_dir: Path, learner: Learner) -> Checkpoints:
 def _resume(
     checkpoints: Checkpoints,
     algorithm: OnlineAlgorithm,
-    stream: PromptStream,
+    batches: Batches,
     guards: Guards,
     tracker: Tracker,
     config: OnlineConfig,
@@ -187,14 +193,14 @@ def _resume(
     if checkpoint is None:
         return None, {}
     algorithm.load_state_dict(checkpoint.extra["algorithm"])
-    stream.position = checkpoint.extra["position"]
+    batches.load_state_dict(checkpoint.extra)
     guards.flat_fractions = checkpoint.extra["flat_fractions"]
     tracker.rewind(checkpoint.step)
     logger.info(
         "resuming at step %d of %d (prompt %d of the data order)",
         checkpoint.step,
         config.num_steps,
-        stream.position,
+        batches.position,
     )
     return checkpoint.step, checkpoint.extra["metrics"]
 

@@ -18,6 +18,7 @@ from stages.rollout.replicas import Replica, progress
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.05
+_DEATH_SECONDS = 0.25
 _T = TypeVar("_T")
 
 
@@ -216,6 +217,7 @@ class Dispatcher:
         return f"its engine has not moved for {limit:g} s"
 
     def _fail(self, seat: _Seat) -> None:
+        seat.failure = _death(seat.replica) or seat.failure
         seat.replica.stop()
         seat.replica.client.abort()
         if seat.num_restarts == self._config.max_restarts:
@@ -241,9 +243,7 @@ class Dispatcher:
     def _refuse_none_left(self) -> None:
         if all(seat.lost for seat in self._seats):
             failures = "\n".join(f"{seat.replica.name}: {seat.failure}" for seat in self._seats)
-            raise ServersLost(
-                f"no server is left after {self.num_restarts} restarts:\n{failures}"
-            )
+            raise ServersLost(f"no server is left after {self.num_restarts} restarts:\n{failures}")
 
     def _work(self, seat: _Seat, batch: _Batch[_T], generation: int) -> None:
         while (job := self._take(seat, batch, generation)) is not None:
@@ -326,3 +326,11 @@ class Dispatcher:
             last = now
             with self._changed:
                 self._changed.wait_for(lambda: batch.over, min(pause, 5.0))
+
+
+def _death(replica: Replica) -> str | None:
+    """How its process ended; a connection breaks a moment before that can be seen."""
+    deadline = time.monotonic() + _DEATH_SECONDS
+    while (death := replica.death()) is None and time.monotonic() < deadline:
+        time.sleep(_TICK_SECONDS)
+    return death

@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.base import UserError
 from schemas.rl import RolloutConfig
+from stages.rollout.choice import vllm_is_installed
 from stages.rollout.native import NativeEngine
 from stages.rollout.types import RolloutEngine
 
 logger = logging.getLogger(__name__)
-
-
-def choose_engine(config: RolloutConfig, device: torch.device) -> tuple[RolloutConfig, str]:
-    """The configuration with `auto` decided for this device, and why.
-
-    To be called before a fingerprint is made: which engine samples changes what is drawn, so work
-    that was done with one is not taken for work done with the other.
-    """
-    if config.engine != "auto":
-        return config, "asked for"
-    if device.type != "cuda":
-        chosen, why = "native", f"the device is {device}, where it is as fast as vLLM or faster"
-    elif not vllm_is_installed():
-        chosen, why = "native", "the device is CUDA, but vLLM is not installed"
-    else:
-        chosen, why = "vllm", "the device is CUDA and vLLM is installed"
-    return config.model_copy(update={"engine": chosen}), why
-
-
-def vllm_is_installed() -> bool:
-    """Whether vLLM can be imported, by its name alone: importing it takes seconds."""
-    return importlib.util.find_spec("vllm") is not None
 
 
 def build_engine(
@@ -49,6 +26,7 @@ def build_engine(
     tokenizer: PreTrainedTokenizerBase | None = None,
     pad_token_id: int,
     while_training: bool = False,
+    why: str = "",
 ) -> RolloutEngine:
     """The configured engine, at version 0 of the weights.
 
@@ -56,7 +34,9 @@ def build_engine(
     as a Hugging Face folder, which is where an engine with a copy of its own loads them from.
     `tokenizer` is that of the folder, which stop strings need. `while_training`: the model is
     trained in one thread while the engine samples, by the weights it was given last, in another.
+    `why` this engine, for the log.
     """
+    logger.info("sampling with the %s engine%s", config.engine, f" ({why})" if why else "")
     match config.engine:
         case "native":
             return NativeEngine(

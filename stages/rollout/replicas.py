@@ -172,4 +172,3 @@ def _wait_until_healthy(replica: Replica, timeout: float) -> None:
                     f"{replica.name} did not answer within {timeout:g} s ({error})"
                 ) from error
         time.sleep(_POLL_SECONDS)
-

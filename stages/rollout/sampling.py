@@ -24,7 +24,8 @@ def sample(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[T
     """Draw a token from each row of logits [_B, _V] with its number of uniform [_B] in (0, 1).
 
     Returns (tokens [_B] long, logprobs [_B] float32); the logprobs are of softmax(logits /
-    temperature) before min-p, top-k and top-p, and of temperature 1 when the temperature is 0 (greedy).
+    temperature) before min-p, top-k and top-p, and of temperature 1 when the temperature is 0
+    (greedy).
     """
     logits = logits.float()
     if sampling.temperature not in (0.0, 1.0):

@@ -1,4 +1,4 @@
-"""Servers of vLLM as one engine: token ids in and out, weights in place, versions on every token."""
+"""Servers of vLLM as one engine: token ids in and out, weights in place, versions on tokens."""
 
 from __future__ import annotations
 
@@ -109,7 +109,9 @@ class ServerEngine:
             return [self._rollout(replica, job.prompt, ids, choice) for choice in choices]
 
         width = min(max(1, self._config.max_batch_size // size), _MAX_REQUESTS)
-        return [one for found in self._dispatcher.run(len(jobs), send, width=width) for one in found]
+        return [
+            one for found in self._dispatcher.run(len(jobs), send, width=width) for one in found
+        ]
 
     def update_weights(self, policy: PreTrainedModel, version: int) -> None:
         """Have every server take the weights of `policy`, and answer with `version`."""
@@ -207,7 +209,7 @@ def named_replicas(urls: Sequence[str], timeout: float) -> tuple[list[Replica], 
 def local_replicas(
     model_folder: Path, count: int, max_batch_size: int, *, tokenizer: bool
 ) -> tuple[list[Replica], int]:
-    """Servers to be started, each on a device of its own where there are several, and their context.
+    """Servers to be started, each on its own device where there are several, and their context.
 
     tokenizer: whether the folder has one, which stop strings need.
     """

@@ -23,8 +23,8 @@ class Rollout:
     rollout_logprobs: list[float]
     """Of each completion token under softmax(logits / temperature) of the whole vocabulary.
 
-    That is before min-p, top-k and top-p cut the distribution, as the trainer computes its own. A greedy
-    completion (temperature 0) carries those of temperature 1.
+    That is before min-p, top-k and top-p cut the distribution, as the trainer computes its own. A
+    greedy completion (temperature 0) carries those of temperature 1.
     """
     finish_reason: FinishReason
     policy_version: int
