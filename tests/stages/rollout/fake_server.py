@@ -1,9 +1,10 @@
 """A scripted stand-in for a server of vLLM: the same endpoints, and faults on demand.
 
 A fault is a file in the folder `--faults`, named for what happens to the next request that asks
-for tokens: `kill`, `stop` (as SIGSTOP does), `error`, `refuse`, `slow` and `busy` (both go on working,
-for half a minute and for three seconds), `version`. A number may follow the name; a file that ends in `.always` is not used up. The fault `start` ends a server that
-starts. Tokens follow from the prompt and the seed alone.
+for tokens: `kill`, `stop` (as SIGSTOP does), `error`, `refuse`, `version`, `slow` and `busy` (these
+two go on working, for half a minute and for three seconds). A number may follow the name; a file
+that ends in `.always` is not used up. The fault `start` ends a server that starts. Tokens follow
+from the prompt and the seed alone.
 """
 
 from __future__ import annotations

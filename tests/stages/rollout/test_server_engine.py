@@ -81,7 +81,7 @@ class Servers:
         return [json.loads(one.client.get("/state", timeout=10)) for one in self.replicas]
 
 
-@pytest.fixture()
+@pytest.fixture
 def servers(tmp_path: Path) -> Iterator[Servers]:
     found = Servers(tmp_path)
     yield found
@@ -234,7 +234,7 @@ def test_what_a_server_refuses_is_not_tried_again(servers: Servers) -> None:
 def test_tokens_of_another_version_are_refused(servers: Servers) -> None:
     engine = servers.engine(policy(0))
     servers.fault("version")
-    with pytest.raises(UserError, match="somebody else(?s:.*)servers of its own"):
+    with pytest.raises(UserError, match=r"somebody else(?s:.*)servers of its own"):
         engine.generate(PROMPTS, SAMPLING, num_samples=4, seed=9)
 
 
@@ -248,7 +248,7 @@ def test_a_prompt_that_does_not_fit_is_named(servers: Servers) -> None:
         engine.generate([[4], [4] * 60], SAMPLING, num_samples=1, seed=0)
 
 
-@pytest.fixture()
+@pytest.fixture
 def running(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """A server that somebody else has started, by its address, and its faults."""
     faults = tmp_path / "others"
