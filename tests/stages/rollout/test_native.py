@@ -24,6 +24,7 @@ from schemas.base import UserError
 from schemas.rl import SamplingConfig
 from stages.rollout.native import NativeEngine
 from stages.rollout.stop_strings import StopStrings
+from tests.stages.rollout.tiny import letters
 
 EOS = 2
 PROMPTS = [[5, 6, 7], [4], [3, 9, 8, 4, 10, 11, 5], [6, 6], [12, 3, 4, 5]]
@@ -247,16 +248,6 @@ def test_limit_of_one_token_and_any_of_several_end_tokens(model: LlamaForCausalL
     assert len(ends) > 1
 
 
-def words() -> PreTrainedTokenizerFast:
-    """Token 3 is "a", 4 is "b" and so on; 2 is the end and 1 is special, too."""
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(94 + i): i for i in range(3, 16)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-
-
 def cut(tokenizer: PreTrainedTokenizerFast, ids: list[int], stop: tuple[str, ...]) -> list[int]:
     """The shortest beginning whose text has a stop string in it, or all."""
     for end in range(1, len(ids) + 1):
@@ -267,7 +258,7 @@ def cut(tokenizer: PreTrainedTokenizerFast, ids: list[int], stop: tuple[str, ...
 
 
 def test_the_tokenizer_of_these_tests_says_letters() -> None:
-    assert words().decode([3, 1, 4, 15, 2], skip_special_tokens=True) == "abm"
+    assert letters(16).decode([3, 1, 4, 15, 2], skip_special_tokens=True) == "abm"
 
 
 @pytest.mark.parametrize("stop", [("h",), ("ab", "m"), ("cd", "dcb", "kk")])
@@ -275,7 +266,7 @@ def test_the_tokenizer_of_these_tests_says_letters() -> None:
 def test_stop_strings_cut_where_the_text_has_them(
     model: LlamaForCausalLM, stop: tuple[str, ...], max_batch_size: int
 ) -> None:
-    tokenizer = words()
+    tokenizer = letters(16)
     sampler = NativeEngine(
         model,
         eos_token_ids=[EOS],
@@ -302,7 +293,7 @@ def test_stop_strings_cut_where_the_text_has_them(
 
 
 def test_a_stop_string_that_begins_in_the_prompt_does_not_count() -> None:
-    strings = StopStrings(words(), ["aaa"], [[3, 3], [5]])
+    strings = StopStrings(letters(16), ["aaa"], [[3, 3], [5]])
     assert [strings.ends(0, 3) for _ in range(4)] == [False, False, True, True]
     # Rows are apart, and a special token is no text.
     assert [strings.ends(1, token) for token in (3, 1, 3, 4, 3, 3)] == [False] * 6
