@@ -43,7 +43,7 @@ test-fast: $(VENV)/.test
 test-trl: $(VENV)-trl/.installed
 	HF_HUB_OFFLINE=1 $(VENV)-trl/bin/python -m pytest tests/parity -m trl
 
-# The vLLM engine with real vLLM on the CPU.
+# The vLLM engines with real vLLM on the CPU, in this process and as servers; minutes.
 test-vllm: $(VENV)-vllm/.installed
 	HF_HUB_OFFLINE=1 $(VENV)-vllm/bin/python -m pytest tests/stages/rollout -m vllm
 

@@ -26,8 +26,8 @@ from stages.rollout.server_engine import ServerEngine
 from tests.stages.rollout.tiny import EOS, PROMPTS, exact_logprobs, letters, llama
 
 GREEDY = SamplingConfig(temperature=0, max_completion_tokens=20)
-# No end token: every completion has this many tokens, and a call takes seconds.
-LONG = SamplingConfig(max_completion_tokens=1500)
+# Without an end token every completion has this many tokens, and a call takes a while.
+LONG = SamplingConfig(max_completion_tokens=250)
 CONFIG = RolloutConfig.model_validate(
     {"engine": "vllm_server", "max_batch_size": 32, "servers": {"stall_timeout": 15}}
 )
@@ -35,6 +35,8 @@ CONFIG = RolloutConfig.model_validate(
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
+    # A busy machine takes minutes to start a server.
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 
@@ -85,8 +87,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dispatcher, "__init__", remember)
         folder = tmp_path_factory.mktemp("first")
-        engine = start(llama(0, tied=True, max_positions=2048), folder, eos=[EOS])
-    second = llama(1, tied=True, max_positions=2048)
+        engine = start(llama(0, tied=True, max_positions=512), folder, eos=[EOS])
+    second = llama(1, tied=True, max_positions=512)
     before = engine.generate(PROMPTS, GREEDY, num_samples=1, seed=0)
     engine.update_weights(second, 5)
     after = engine.generate(PROMPTS, GREEDY, num_samples=1, seed=0)
@@ -155,7 +157,7 @@ def signal_while_it_draws(server: Server, number: signal.Signals) -> None:
     first = progress(replica.client, 10)
 
     def strike() -> None:
-        while progress(replica.client, 10) < first + 2000:
+        while progress(replica.client, 10) < first + 600:
             time.sleep(0.02)
         pid = replica.pid
         assert pid is not None
@@ -164,14 +166,13 @@ def signal_while_it_draws(server: Server, number: signal.Signals) -> None:
 
     thread = threading.Thread(target=strike)
     thread.start()
-    endless = LONG.model_copy(update={"min_p": 0.0})
     engine._eos_token_ids = []
     try:
-        rollouts = engine.generate(PROMPTS, endless, num_samples=6, seed=2)
+        rollouts = engine.generate(PROMPTS, LONG, num_samples=6, seed=2)
     finally:
         engine._eos_token_ids = [EOS]
         thread.join()
-    assert [len(r.completion_ids) for r in rollouts] == [1500] * 30
+    assert [len(r.completion_ids) for r in rollouts] == [250] * 30
     assert {r.policy_version for r in rollouts} == {5}
     assert engine.report()["engine/num_restarts"] == restarts + 1
     for rollout in rollouts[::7]:
@@ -186,7 +187,7 @@ from pathlib import Path
 from tests.stages.rollout.test_vllm_server import LONG, PROMPTS, start
 from tests.stages.rollout.tiny import llama
 
-engine = start(llama(0, tied=True, max_positions=2048), Path(sys.argv[1]), eos=[])
+engine = start(llama(0, tied=True, max_positions=512), Path(sys.argv[1]), eos=[])
 print("ready", flush=True)
 while True:
     engine.generate(PROMPTS, LONG, num_samples=6, seed=2)
