@@ -89,7 +89,6 @@ class Dispatcher:
         self._seats = [_Seat(replica, 0) for replica in replicas]
         self._changed = threading.Condition()
         self._pool = ThreadPoolExecutor(len(replicas), "replicas")
-        self._closed = threading.Event()
         self.num_moved = 0
         for seat in self._seats:
             seat.starting = self._pool.submit(self._start, seat)
@@ -156,13 +155,12 @@ class Dispatcher:
             while any(thread.is_alive() for thread in threads):
                 # Again and again: a request may just have been about to be sent.
                 for seat in self._seats:
-                    if seat.busy:
+                    if seat.starting is None:
                         seat.replica.client.abort()
                 time.sleep(_TICK_SECONDS / 10)
 
     def close(self) -> None:
         """End every replica."""
-        self._closed.set()
         for seat in self._seats:
             if seat.starting is not None:
                 seat.replica.stop()

@@ -3,8 +3,8 @@
 A fault is a file in the folder `--faults`, named for what happens to the next request that asks
 for tokens: `kill`, `stop` (as SIGSTOP does), `error`, `refuse`, `version`, `slow` and `busy` (these
 two go on working, for half a minute and for three seconds). A number may follow the name; a file
-that ends in `.always` is not used up. The fault `start` ends a server that starts. Tokens follow
-from the prompt and the seed alone.
+that ends in `.always` is not used up. The fault `start` ends a server that starts; `foreign` makes
+one that knows none of our requests. Tokens follow from the prompt and the seed alone.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         state = self.state
+        if state.fault(("foreign",)):
+            return self.answer({"error": {"message": "Not Found"}}, 404)
         match self.path:
             case "/collective_rpc" if body["method"] == "load_policy":
                 state.weights = sum(float(t.sum()) for t in load_file(body["args"][0]).values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from schemas.base import UserError
 from schemas.rl import RolloutConfig, SamplingConfig
 from stages.rollout.dispatch import ServersLost
+from stages.rollout.engine import build_engine
 from stages.rollout.http_client import HttpClient, ServerFailure, ServerRefused
 from stages.rollout.replicas import LocalReplica
 from stages.rollout.server_engine import ServerEngine, named_replicas
@@ -288,6 +290,34 @@ def test_servers_named_by_address(running: tuple[str, Path], tmp_path: Path) -> 
     assert state["weights"] == pytest.approx(weight_sum(model), abs=1e-4)
     engine.close()
     assert list(folder.iterdir()) == []
+
+
+def test_a_server_that_takes_no_weights_is_named_with_how_to_start_one(
+    running: tuple[str, Path], tmp_path: Path
+) -> None:
+    url, faults = running
+    (faults / "foreign.always").touch()
+    config = RolloutConfig.model_validate(
+        {
+            "engine": "vllm_server",
+            "servers": {"urls": [url], "weights_folder": str(tmp_path / "weights")},
+        }
+    )
+    replicas, context = named_replicas(config.servers.urls, 20)
+    with pytest.raises(UserError, match=r"404 Not Found(?s:.*)VLLM_SERVER_DEV_MODE=1 python -m"):
+        ServerEngine(replicas, policy(0), config, eos_token_ids=[2], context=context)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_a_machine_without_vllm_is_told_what_to_install(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pip install 'posttrain\[vllm\]'.*servers\.urls"):
+        build_engine(
+            RolloutConfig(engine="vllm_server"),
+            model=policy(0),
+            model_folder=tmp_path,
+            eos_token_ids=[2],
+            pad_token_id=2,
+        )
 
 
 def test_an_address_without_a_server_is_named() -> None:
