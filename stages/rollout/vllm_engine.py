@@ -93,7 +93,8 @@ class VLLMEngine:
         # changes the last bits, so that a call would depend on the calls before it.
         self._llm.reset_prefix_cache()
         self._temperature.value = sampling.temperature or 1.0
-        params = sampling_params(sampling, self._eos_token_ids)
+        # Lists of numbers in place of an object for each token: vLLM itself is faster by it.
+        params = sampling_params(sampling, self._eos_token_ids) | {"flat_logprobs": True}
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompt_ids],
             [
@@ -137,11 +138,11 @@ class VLLMEngine:
 
     def _rollout(self, index: int, prompt_ids: list[int], completion: Any) -> Rollout:
         ids = list(completion.token_ids)
-        logprobs = [one[token].logprob for one, token in zip(completion.logprobs, ids, strict=True)]
+        assert completion.logprobs.token_ids == ids, "log-probabilities of other tokens"
         return Rollout(
             prompt_ids=prompt_ids,
             completion_ids=ids,
-            rollout_logprobs=logprobs,
+            rollout_logprobs=list(completion.logprobs.logprobs),
             finish_reason="stop" if completion.finish_reason == "stop" else "length",
             policy_version=self._version,
             prompt_index=index,
