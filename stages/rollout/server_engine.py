@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from schemas.base import UserError
@@ -18,13 +16,12 @@ from stages.rollout.checks import check_lengths
 from stages.rollout.dispatch import Dispatcher
 from stages.rollout.http_client import ServerFailure, ServerRefused
 from stages.rollout.policy_file import PolicyFile
-from stages.rollout.replicas import LocalReplica, NamedReplica, Replica
+from stages.rollout.replicas import NamedReplica, Replica, start_on_devices
 from stages.rollout.streams import request_seed
 from stages.rollout.types import Rollout
 from stages.rollout.vllm_settings import (
     SERVER_OPTIONS,
-    cache_room,
-    number_format,
+    folder_options,
     sampling_params,
 )
 
@@ -209,32 +206,14 @@ def named_replicas(urls: Sequence[str], timeout: float) -> tuple[list[Replica], 
 def local_replicas(
     model_folder: Path, count: int, max_batch_size: int, *, tokenizer: bool
 ) -> tuple[list[Replica], int]:
-    """Servers to be started, each on its own device where there are several, and their context.
+    """Servers to be started, and their context.
 
     tokenizer: whether the folder has one, which stop strings need.
     """
     config = AutoConfig.from_pretrained(model_folder)
-    size, context = cache_room(config, max_batch_size, count)
-    command = [
-        sys.executable,
-        *("-m", "stages.rollout.vllm_serve", "--model", str(model_folder), *SERVER_OPTIONS),
-        *("--dtype", str(number_format(config)).removeprefix("torch.")),
-        *("--max-model-len", str(context), "--max-num-seqs", str(max_batch_size)),
-        *("--kv-cache-memory-bytes", str(size), "--seed", "0", "--disable-uvicorn-access-log"),
-    ]
-    if not tokenizer:
-        command.append("--skip-tokenizer-init")
-    num_devices = torch.cuda.device_count()
-    if num_devices == 0:
-        command.append("--enforce-eager")
-    replicas: list[Replica] = []
-    for index in range(count):
-        environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}
-        if num_devices > 1:
-            # The trainer has the first.
-            environment["CUDA_VISIBLE_DEVICES"] = str(1 + index % (num_devices - 1))
-        replicas.append(LocalReplica(f"vLLM server {index}", command, environment))
-    return replicas, context
+    options, context = folder_options(model_folder, config, max_batch_size, count)
+    no_tokenizer = () if tokenizer else ("--skip-tokenizer-init",)
+    return start_on_devices([*options, *SERVER_OPTIONS, *no_tokenizer], count), context
 
 
 def _nothing(replica: Replica) -> None:

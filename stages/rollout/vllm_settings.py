@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,22 @@ def cache_room(
     wanted = token * (context + _BLOCK) * max_batch_size
     size = min(wanted, int(_free_memory() * _SHARE_OF_FREE_MEMORY) // num_engines)
     return size, min(context, size // token - _BLOCK)
+
+
+def folder_options(
+    folder: Path, config: PreTrainedConfig, max_batch_size: int, num_servers: int
+) -> tuple[list[str], int]:
+    """Options of `vllm serve` for a model's folder, and the longest sequence that fits."""
+    size, context = cache_room(config, max_batch_size, num_servers)
+    options = [
+        *("--model", str(folder)),
+        *("--dtype", str(number_format(config)).removeprefix("torch.")),
+        *("--max-model-len", str(context), "--max-num-seqs", str(max_batch_size)),
+        *("--kv-cache-memory-bytes", str(size), "--seed", "0", "--disable-uvicorn-access-log"),
+    ]
+    if not torch.cuda.is_available():
+        options.append("--enforce-eager")
+    return options, context
 
 
 def number_format(config: PreTrainedConfig) -> torch.dtype:

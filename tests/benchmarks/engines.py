@@ -117,7 +117,8 @@ def compare(arguments: Any, folder: Path) -> None:
     for number in range(-1, arguments.rounds):  # the first warms up, and does not count
         rounds.append({name: measure(draw, number) for name, draw in draws.items()})
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    settings = {k: v for k, v in vars(arguments).items() if k != "model"}
+    shown = vars(arguments) | {"hidden_size": model.config.hidden_size}
+    settings = {k: v for k, v in shown.items() if k != "model"}
     for name in draws:
         line = {
             "engine": name,

@@ -154,6 +154,14 @@ def test_a_possible_recipe_is_taken(changes: dict[str, Any]) -> None:
         ),
         (
             {
+                "reward.engine": "vllm_server",
+                "reward.servers": {"urls": ["http://h:1"], "weights_folder": "/shared"},
+            },
+            "served by the stage itself",
+            "drop servers.urls",
+        ),
+        (
+            {
                 "rollout": {
                     "engine": "native",
                     "servers": {"urls": ["http://host:8000"], "weights_folder": "/shared"},

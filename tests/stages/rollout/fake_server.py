@@ -33,6 +33,10 @@ def tokens(prompt: list[int], seed: int, count: int) -> list[int]:
     return [(sum(prompt) + seed + 7 * step) % 50 + 3 for step in range(count)]
 
 
+def logits(ids: list[int]) -> list[list[float]]:
+    return [[sum(ids[: end + 1]) / 8, end / 2] for end in range(len(ids))]
+
+
 class State:
     def __init__(self, faults: Path) -> None:
         self.faults = faults
@@ -101,6 +105,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer({"success": True})
             case "/inference/v1/generate":
                 self.generate(body)
+            case "/pooling":
+                assert body["task"] == "token_classify" and body["use_activation"] is False
+                if state.fault(("kill",)):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                with state.lock:
+                    state.num_tokens += len(body["input"])
+                self.answer({"data": [{"index": 0, "data": logits(body["input"])}]})
             case _:
                 self.answer({"error": {"message": f"no {self.path} here"}}, 404)
 
