@@ -123,10 +123,9 @@ class Completions:
 
     def _found(self, stop_strings: StopStrings, tokens: Tensor, alive: Tensor) -> Tensor:
         """Rows of the batch [_B] in which a stop string ends with the token."""
-        found = torch.zeros_like(alive)
-        for index in alive.nonzero().squeeze(1).tolist():
-            found[index] = stop_strings.ends(int(self._row[index]), int(tokens[index]))
-        return found
+        rows = zip(self._row.tolist(), tokens.tolist(), alive.tolist(), strict=True)
+        found = [lives and stop_strings.ends(row, token) for row, token, lives in rows]
+        return torch.tensor(found, dtype=torch.bool, device=alive.device)
 
     def compact(self) -> Tensor | None:
         """Indices of the rows that remain in the batch, or None where all do."""
