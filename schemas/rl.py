@@ -131,7 +131,8 @@ class OnlineConfig(Frozen):
     """The stage stops when the engine's distribution is further than this from the trainer's."""
     max_policy_lag: int = Field(default=0, ge=0, le=1)
     """1: the next rollout batch is drawn while the policy trains on this one, by the weights of
-    before this update. 0: by the newest weights, one after the other."""
+    before this update (of which the native engine holds a copy). 0: by the newest weights, one
+    after the other."""
     max_truncated_fraction: float = Field(default=0.9, gt=0, le=1)
     """The stage stops when a larger share of a rollout batch was cut."""
     max_zero_variance_fraction: float = Field(default=1.0, gt=0, le=1)
