@@ -15,14 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
-from schemas.rl import RolloutConfig, SamplingConfig
+from schemas.rl import OnlineConfig, RolloutConfig, SamplingConfig
+from stages.rewards.composition import RewardBreakdown
+from stages.rl.batches import Batches
+from stages.rl.rollouts import PromptRecord, PromptStream, Sampler
 from stages.rollout.dispatch import Dispatcher
 from stages.rollout.engine import build_engine
 from stages.rollout.native import NativeEngine
 from stages.rollout.replicas import LocalReplica, progress
 from stages.rollout.server_engine import ServerEngine
+from stages.rollout.types import Rollout
 from tests.stages.rollout.tiny import EOS, PROMPTS, exact_logprobs, letters, llama
 
 GREEDY = SamplingConfig(temperature=0, max_completion_tokens=20)
@@ -140,6 +145,40 @@ def test_stop_strings_and_tokens_are_those_of_the_native_engine(server: Server) 
     )
     assert [r.completion_ids for r in found] == [r.completion_ids for r in expected]
     assert [r.finish_reason for r in found] == [r.finish_reason for r in expected]
+
+
+class Constant:
+    """A rewarder for which all rollouts are alike."""
+
+    def __call__(self, rollouts: list[Rollout], records: Any) -> RewardBreakdown:
+        zeros = torch.zeros(len(rollouts))
+        return RewardBreakdown(zeros, zeros, {})
+
+
+def test_a_lagging_batch_is_drawn_by_the_weights_before(server: Server) -> None:
+    """While the policy changes here, the server goes on with the weights it was given."""
+    config = OnlineConfig(
+        num_steps=3,
+        prompts_per_step=5,
+        group_size=4,
+        max_policy_lag=1,
+        sampling=SamplingConfig(max_completion_tokens=20),
+    )
+    stream = PromptStream([PromptRecord({}, prompt) for prompt in PROMPTS], seed=0)
+    rewarder: Any = Constant()
+    sampler = Sampler(server.engine, rewarder, stream, config, 0)
+    policies = [llama(seed, tied=True, max_positions=512) for seed in (7, 8, 9)]
+    policy = llama(7, tied=True, max_positions=512)
+    with Batches(server.engine, sampler, stream, policy, config, lambda step: step) as batches:
+        for step, drawn_by in ((0, 0), (1, 0), (2, 1)):
+            rollouts = batches.take(step).rollouts
+            assert {r.policy_version for r in rollouts} == {drawn_by}
+            for rollout in rollouts:
+                exact = exact_logprobs(policies[drawn_by], rollout, 1.0)
+                assert rollout.rollout_logprobs == pytest.approx(exact, abs=1e-4)
+            if step < 2:
+                policy.load_state_dict(policies[step + 1].state_dict())
+    server.engine.update_weights(server.model, 5)
 
 
 def test_killed_in_the_middle_of_a_generation(server: Server) -> None:
