@@ -58,9 +58,9 @@ test-faults: $(VENV)/.test
 test-trl: $(VENV)-trl/.installed
 	HF_HUB_OFFLINE=1 $(VENV)-trl/bin/python -m pytest tests/parity -m trl
 
-# The vLLM engine with real vLLM on the CPU.
+# The vLLM engines with real vLLM on the CPU, in this process and as servers; minutes.
 test-vllm: $(VENV)-vllm/.installed
-	HF_HUB_OFFLINE=1 $(VENV)-vllm/bin/python -m pytest tests/stages/rollout -m vllm
+	HF_HUB_OFFLINE=1 $(VENV)-vllm/bin/python -m pytest tests/stages/rollout tests/stages/rewards/test_served.py -m vllm
 
 # Mutants of the pure functions; one that survives the tests must be explained in survivors.py.
 mutation: $(VENV)-mutation/.installed

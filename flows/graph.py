@@ -38,9 +38,10 @@ from schemas.requests import (
     TrainSFTRequest,
 )
 from schemas.rewards import VerifierConfig
-from schemas.rl import SamplingConfig
+from schemas.rl import RolloutConfig, SamplingConfig
 from stages.data.sources import source_digests
 from stages.model_files import check_weight_files, may_run_code
+from stages.rollout.choice import choose_engine
 
 Artifacts = Mapping[str, Artifact]
 FindIncumbent = Callable[[PolicyCheckpoint], PolicyCheckpoint | None]
@@ -143,6 +144,17 @@ def model_digests(config: ModelConfig) -> dict[str, str]:
     }
 
 
+def _rollout(config: PipelineConfig, while_training: bool) -> tuple[RolloutConfig, str]:
+    """The engine of this machine, and why: decided here, since fingerprints depend on it."""
+    device = config.compute.device
+    if config.rollout.engine == "auto" and device == "auto":
+        # Finding a device takes torch, which a flow otherwise does without.
+        from infra.devices import resolve_device
+
+        device = resolve_device(device).type
+    return choose_engine(config.rollout, device.partition(":")[0], while_training=while_training)
+
+
 class _Graph:
     def __init__(
         self,
@@ -155,14 +167,16 @@ class _Graph:
         self.find_incumbent = find_incumbent
         self.find_approval = find_approval
         self.data_root = Path(config.data.root).expanduser().absolute()
+        self.online = config.rl.algorithm != "dpo"
+        online = config.rl.online if self.online else None
+        self.rollout, why = _rollout(config, online is not None and online.max_policy_lag > 0)
         self.runtime = Runtime(
             store=str(store),
             data_root=str(self.data_root),
             device=config.compute.device,
             num_threads=config.compute.num_threads,
+            engine_reason=why,
         )
-        self.online = config.rl.algorithm != "dpo"
-        online = config.rl.online if self.online else None
         self.traces_credit = online is not None and online.trace.num_groups > 0
         dpo = config.rl.dpo if not self.online else None
         self.dpo_pairs = dpo.pairs if dpo is not None else None
@@ -300,7 +314,7 @@ class _Graph:
                 seed=self.config.seed,
                 config=section,
                 sampling=self._sampling(),
-                rollout=self.config.rollout,
+                rollout=self.rollout,
                 policy=_take(artifacts, "train_sft", PolicyCheckpoint),
                 prompts=_take(artifacts, "prepare_data:prompts", DatasetArtifact),
                 verifier=verifier,
@@ -324,7 +338,7 @@ class _Graph:
                 seed=self.config.seed,
                 config=section,
                 sampling=self._sampling(),
-                rollout=self.config.rollout,
+                rollout=self.rollout,
                 step_separator=self.config.data.step_separator,
                 policy=_take(artifacts, "train_sft", PolicyCheckpoint),
                 prompts=_take(artifacts, "prepare_data:prompts", DatasetArtifact),
@@ -392,7 +406,7 @@ class _Graph:
                 config=self.config.rl.chosen(),
                 policy=_take(artifacts, "train_sft", PolicyCheckpoint),
                 reward=self.config.reward,
-                rollout=self.config.rollout,
+                rollout=self.rollout,
                 step_separator=self.config.data.step_separator,
                 prompts=_take(artifacts, "prepare_data:prompts", DatasetArtifact),
                 reward_model=self._scorer(artifacts, "train_reward_model"),
@@ -437,7 +451,7 @@ class _Graph:
                 seed=self.config.seed,
                 config=self.config.evaluation,
                 reward=self.config.reward,
-                rollout=self.config.rollout,
+                rollout=self.rollout,
                 step_separator=self.config.data.step_separator,
                 records=_take(artifacts, "prepare_data:evaluation", DatasetArtifact),
                 candidate=candidate,

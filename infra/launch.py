@@ -33,7 +33,8 @@ _GRACE_SECONDS = 20.0
 _POLL_SECONDS = 0.05
 _DUMP_SECONDS = 1.0
 """Time to write the stacks of the threads."""
-_PARENT = "POSTTRAIN_PARENT_PID"
+PARENT_PID = "POSTTRAIN_PARENT_PID"
+"""Names in the environment of a child the process that it dies with."""
 _DEFAULTS = {
     "PYTHONUNBUFFERED": "1",
     "TQDM_DISABLE": "1",  # a bar redrawn in a log file is noise
@@ -262,9 +263,9 @@ def write_result(
 def die_with_parent() -> None:
     """Make the kernel kill this process when the one that started it dies; call it first.
 
-    Does nothing in a process that `run_stage` has not started.
+    Does nothing in a process that was not given `PARENT_PID`.
     """
-    parent = os.environ.pop(_PARENT, None)  # not for processes that this one starts
+    parent = os.environ.pop(PARENT_PID, None)  # not for processes that this one starts
     if parent is None or not sys.platform.startswith("linux"):
         return
     set_death_signal = 1  # PR_SET_PDEATHSIG
@@ -275,7 +276,7 @@ def die_with_parent() -> None:
 
 def _start(work: Path, lock: int | None, env: Mapping[str, str]) -> _Child:
     """Start the child in a session of its own, so that Ctrl-C in a terminal reaches us only."""
-    environment = {**_DEFAULTS, **os.environ, **env, _PARENT: str(os.getpid())}
+    environment = {**_DEFAULTS, **os.environ, **env, PARENT_PID: str(os.getpid())}
     # A file and not a pipe: when this process dies, the child can still print and checkpoint.
     with (work / "stage.log").open("ab") as log:
         process = subprocess.Popen(

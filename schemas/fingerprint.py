@@ -10,6 +10,8 @@ from schemas.artifacts import Artifact
 from schemas.data import DataSource
 from schemas.model import ModelConfig
 from schemas.requests import StageRequest
+from schemas.rewards import RewardConfig
+from schemas.rl import RolloutConfig
 
 _LEFT_OUT = {"fingerprint", "runtime"}
 
@@ -45,7 +47,7 @@ def fingerprint(request: StageRequest) -> str:
 def _identity(value: Any) -> Any:
     if isinstance(value, Artifact):
         return value.sha256
-    if isinstance(value, (ModelConfig, DataSource)):
+    if isinstance(value, (ModelConfig, DataSource, RewardConfig, RolloutConfig)):
         return value.content()
     if isinstance(value, tuple):
         return [_identity(item) for item in value]

@@ -159,6 +159,12 @@ class PipelineConfig(Frozen):
                 raise ValueError("rl.dpo.pairs is sampled: add section sample_preferences")
         if self.rl.algorithm != "dpo" and self.data.prompts is None:
             raise ValueError(f"rl.algorithm {self.rl.algorithm} samples: add data.prompts")
+        online = self.rl.online if self.rl.algorithm != "dpo" else None
+        if online is not None and online.max_policy_lag and self.rollout.engine == "vllm":
+            raise ValueError(
+                "rl.online.max_policy_lag samples while the policy trains, and engine vllm is in "
+                "the process that trains: set rollout.engine to vllm_server"
+            )
         for name in ("sample_preferences", "label_steps"):
             if getattr(self, name) is not None and self.data.prompts is None:
                 raise ValueError(f"{name} samples from data.prompts: add it")

@@ -39,6 +39,8 @@ class Runtime(Frozen):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     num_threads: int | None = None
     """Threads on the CPU."""
+    engine_reason: str = ""
+    """Why the stage samples with the engine that it was given."""
     mlflow_run_id: str | None = None
     """The nested MLflow run that the artifact belongs to."""
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from schemas.base import Frozen
+from schemas.rl import ServersConfig
 
 Aggregate = Literal["min", "product", "mean", "last"]
 
@@ -52,9 +53,19 @@ class RewardConfig(Frozen):
     """Outcome reward model."""
     process: ProcessRewardConfig | None = None
     """Process reward model."""
+    engine: Literal["torch", "vllm_server"] = "torch"
+    """Where reward models score: `torch`, in the stage's process, or servers of vLLM."""
+    servers: ServersConfig = ServersConfig()
+    """Servers of each reward model with `vllm_server`; the stage starts them."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.verifier is None and self.outcome is None and self.process is None:
             raise ValueError("reward needs at least one of verifier, outcome and process")
+        if self.servers.urls:
+            raise ValueError("reward models are served by the stage itself: drop servers.urls")
         return self
+
+    def content(self) -> dict[str, Any]:
+        """What enters a fingerprint."""
+        return self.model_dump(mode="json", exclude={"servers"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,19 +22,79 @@ class SamplingConfig(Frozen):
     """Nucleus: the smallest set of tokens with at least this probability."""
     top_k: int = Field(default=0, ge=0)
     """Keep the k likeliest tokens; 0 keeps all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Drop tokens less likely than this share of the likeliest, before top-k and top-p."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """A completion ends with the token in which one of these texts ends; the token is kept."""
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Tokens that end a completion, beside the model's own end tokens."""
     max_completion_tokens: int = Field(ge=1)
     """Longest completion; one that reaches it without an end token is truncated."""
+
+
+class ServersConfig(Frozen):
+    """Servers of vLLM. Nothing here enters a fingerprint."""
+
+    count: int = Field(default=1, ge=1, le=64)
+    """Servers that the stage starts, each a replica in processes of its own."""
+    urls: tuple[Annotated[str, Field(pattern=r"^http://[^/\s]+$")], ...] = ()
+    """Servers that run already, in place of `count`: `http://host:port`."""
+    weights_folder: str | None = None
+    """Folder that the servers in `urls` can read: new weights go there."""
+    start_timeout: float = Field(default=600.0, gt=0)
+    """Seconds that a server may take to answer after its start, or to load weights."""
+    stall_timeout: float = Field(default=120.0, gt=0)
+    """Seconds without a new token after which a server that has work counts as hung."""
+    slow_after: float = Field(default=300.0, gt=0)
+    """Seconds after which a request is given to an idle server too; the first answer counts."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often a server is started again before the stage goes on without it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.urls and self.weights_folder is None:
+            raise ValueError(
+                "servers named by urls read new weights from a folder: add servers.weights_folder"
+            )
+        if self.weights_folder is not None and not self.urls:
+            raise ValueError("servers.weights_folder is for servers named by servers.urls: drop it")
+        if len(set(self.urls)) < len(self.urls):
+            raise ValueError("servers.urls names a server twice")
+        return self
+
+
+Engine = Literal["native", "vllm", "vllm_server", "auto"]
 
 
 class RolloutConfig(Frozen):
     """The engine that samples."""
 
-    engine: Literal["native", "vllm"] = "native"
-    """`native`: batched KV-cache sampling in torch. `vllm`: vLLM in the stage's process."""
+    engine: Engine = "native"
+    """`native`: batched KV-cache sampling in torch. `vllm`: vLLM in the stage's process.
+    `vllm_server`: servers of vLLM. `auto`: vLLM where it is installed and the device is CUDA,
+    native otherwise; decided before the fingerprint, since the engine changes what is drawn."""
     max_batch_size: int = Field(default=512, ge=1)
-    """Most completions that are decoded at once."""
+    """Most completions that are decoded at once, in each server."""
     precision: Precision = "float32"
     """Number format where a stage only samples; while it trains, `rl.online.precision` holds."""
+    servers: ServersConfig = ServersConfig()
+    """Servers of `vllm_server`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.servers.urls and self.engine != "vllm_server":
+            raise ValueError(
+                f"servers.urls names servers, but engine is {self.engine}: set it to vllm_server"
+            )
+        return self
+
+    def content(self) -> dict[str, object]:
+        """What enters a fingerprint."""
+        return {
+            "engine": self.engine,
+            "max_batch_size": self.max_batch_size,
+            "precision": self.precision,
+        }
 
 
 class TraceConfig(Frozen):
@@ -113,8 +173,14 @@ class OnlineConfig(Frozen):
     """Leave completions that were cut out of the loss."""
     mismatch_cap: float = Field(default=2.0, gt=0)
     """Cap of the importance weight between trainer and engine."""
+    mismatch_level: Literal["token", "sequence"] = "token"
+    """Importance weight of each token, or of the whole completion for all its tokens."""
     max_mismatch_kl: float = Field(default=0.5, gt=0)
     """The stage stops when the engine's distribution is further than this from the trainer's."""
+    max_policy_lag: int = Field(default=0, ge=0, le=1)
+    """1: the next rollout batch is drawn while the policy trains on this one, by the weights of
+    before this update (of which the native engine holds a copy). 0: by the newest weights, one
+    after the other."""
     max_truncated_fraction: float = Field(default=0.9, gt=0, le=1)
     """The stage stops when a larger share of a rollout batch was cut."""
     max_zero_variance_fraction: float = Field(default=1.0, gt=0, le=1)
@@ -138,6 +204,12 @@ class OnlineConfig(Frozen):
         for case, limit in (("kl", "max_kl"), ("entropy", "min_entropy")):
             if getattr(self.stability, case) == "rewind" and getattr(self, limit) is None:
                 raise ValueError(f"stability.{case} is rewind, but no limit is set: add {limit}")
+        if self.max_policy_lag and (self.stability.rewinds or self.stability.held_out):
+            raise ValueError(
+                "max_policy_lag 1 draws a batch that a rewind would have to take back, and keeps "
+                "the engine from the held-out probe: set it to 0, or stability to stop or skip "
+                "and stability.held_out to null"
+            )
         return self
 
 

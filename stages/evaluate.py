@@ -138,7 +138,9 @@ def _sample(
         model=model,
         model_folder=store.path(policy),
         eos_token_ids=policy.contract.eos_token_ids,
+        tokenizer=tokenizer,
         pad_token_id=tokenizer.pad_token_id,
+        why=request.runtime.engine_reason,
     )
     try:
         rollouts = engine.generate(

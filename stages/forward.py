@@ -19,7 +19,7 @@ from stages.attention import no_mask, use_packed_attention
 from stages.core.logprobs import chunked_token_logprobs, weighted_logprob_sum
 from stages.models import head_of
 from stages.packing import PackedBatch, micro_batches, pack
-from stages.precision import compute_dtype
+from stages.precision import compute_dtype, computing
 from stages.shared_critic import Critic, SharedCritic
 
 # Logits held at once, as elements of [chunk, vocabulary]: 128 MiB in fp32.
@@ -64,13 +64,14 @@ def hidden_states(model: Critic, batch: PackedBatch) -> Tensor:
     backbone = cast(PreTrainedModel, model.base_model)
     use_packed_attention(backbone)
     calls = batch.layout.num_calls
-    output = backbone(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=no_mask(batch.input_ids.device),
-        layout=batch.layout,
-        use_cache=False,
-    )
+    with computing(model):
+        output = backbone(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=no_mask(batch.input_ids.device),
+            layout=batch.layout,
+            use_cache=False,
+        )
     if batch.layout.num_calls == calls:
         raise UserError(
             f"{type(backbone).__name__} does not hand options on to its attention, so sequences "

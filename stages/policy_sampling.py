@@ -45,7 +45,9 @@ class PolicySampler:
             model=model,
             model_folder=folder,
             eos_token_ids=request.policy.contract.eos_token_ids,
+            tokenizer=self.tokenizer,
             pad_token_id=self.tokenizer.pad_token_id,
+            why=request.runtime.engine_reason,
         )
         self.rewarder = build_rewarder(
             reward,

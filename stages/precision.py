@@ -24,11 +24,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def use_precision(model: _Model, precision: Precision) -> _Model:
-    """Let a model's backbone compute in a number format; returns the model.
-
-    Each call of the backbone is an autocast region of its own: a longer one would go on using
-    copies of weights that an optimizer has changed since.
-    """
+    """Let a model's backbone compute in a number format; returns the model."""
     if precision == "float32":
         return model
     backbone = model.base_model
@@ -36,20 +32,22 @@ def use_precision(model: _Model, precision: Precision) -> _Model:
     device = next(backbone.parameters()).device
     if not has_fast_bfloat16(device):
         logger.warning("%s has no bfloat16 units: bfloat16 will be slower than float32", device)
-    backbone.forward = torch.autocast(device.type, torch.bfloat16)(backbone.forward)
     setattr(backbone, _ATTRIBUTE, torch.bfloat16)
     return model
 
 
 @contextmanager
-def constant_weights(model: nn.Module) -> Iterator[None]:
-    """While it lasts no weight changes, so that each is turned into bfloat16 only once."""
+def computing(model: nn.Module) -> Iterator[None]:
+    """Passes of a model in its number format.
+
+    While it lasts no weight may change: each is turned into bfloat16 once, and then used again.
+    """
     dtype = compute_dtype(model)
-    device = next(model.parameters()).device
-    if dtype == next(model.parameters()).dtype:
+    first = next(model.parameters())
+    if dtype == first.dtype:
         yield
         return
-    with torch.autocast(device.type, dtype):
+    with torch.autocast(first.device.type, dtype):
         yield
 
 

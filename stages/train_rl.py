@@ -93,7 +93,10 @@ def _online(
         model=policy,
         model_folder=folder,
         eos_token_ids=request.policy.contract.eos_token_ids,
+        tokenizer=tokenizer,
         pad_token_id=tokenizer.pad_token_id,
+        while_training=config.max_policy_lag > 0,
+        why=request.runtime.engine_reason,
     )
     rewarder = build_rewarder(
         request.reward,
@@ -120,19 +123,28 @@ def _online(
             held_out,
             config,
             decode=partial(decode, tokenizer),
-            engine_is_exact=request.rollout.engine == "native" and config.precision == "float32",
+            engine_is_exact=(
+                request.rollout.engine == "native"
+                and config.precision == "float32"
+                and config.max_policy_lag == 0
+            ),
             seed=request.seed,
             run_dir=run_dir,
             tracker=tracker,
         )
+        audit = {
+            "credit": algorithm.state_dict(),
+            "stability": result.interventions,
+            "held_out": result.checks,
+            "rollout": {
+                "engine": request.rollout.engine,
+                "reason": request.runtime.engine_reason,
+                **engine.report(),
+            },
+        }
     finally:
         engine.close()
         rewarder.close()
-    audit = {
-        "credit": algorithm.state_dict(),
-        "stability": result.interventions,
-        "held_out": result.checks,
-    }
     return result.num_steps, result.metrics, audit
 
 

@@ -18,6 +18,7 @@ from stages.core.shaping import aggregate_steps, potential_based
 from stages.forward import Sequences
 from stages.models import check_contract
 from stages.rewards.models import load_scorer, outcome_scores, step_scores
+from stages.rewards.served import ServedModel, serve_model
 from stages.rewards.verifiers import Verifier, build_verifier
 from stages.rollout.types import Rollout
 from stages.tokenization import StepFinder, completion_text
@@ -50,8 +51,8 @@ class Rewarder:
         tokenizer: PreTrainedTokenizerBase,
         *,
         verifier: Verifier | None,
-        outcome: PreTrainedModel | None,
-        process: PreTrainedModel | None,
+        outcome: PreTrainedModel | ServedModel | None,
+        process: PreTrainedModel | ServedModel | None,
         step_separator: str,
         max_tokens: int,
     ) -> None:
@@ -91,9 +92,12 @@ class Rewarder:
         return torch.tensor(self._verifier.score(texts, answers), dtype=torch.float32)
 
     def close(self) -> None:
-        """End the verifier's processes."""
+        """End the processes of the verifier, and the servers of the models."""
         if self._verifier is not None:
             self._verifier.close()
+        for model in (self._outcome, self._process):
+            if isinstance(model, ServedModel):
+                model.close()
 
     def _with_steps(
         self, scores: Tensor, components: dict[str, Tensor], sequences: Sequences
@@ -133,12 +137,16 @@ def build_rewarder(
     device: torch.device,
 ) -> Rewarder:
     """Load what the configuration names. Raises UserError where a model does not fit the policy."""
-    loaded: dict[str, PreTrainedModel | None] = {"outcome": None, "process": None}
+    loaded: dict[str, PreTrainedModel | ServedModel | None] = {"outcome": None, "process": None}
     for name, checkpoint in (("outcome", outcome), ("process", process)):
         if getattr(config, name) is not None:
             assert checkpoint is not None and checkpoint.kind == name
             check_contract("the policy", contract, f"the {name} reward model", checkpoint.contract)
-            loaded[name] = load_scorer(store.path(checkpoint), name, device, precision)
+            folder = store.path(checkpoint)
+            if config.engine == "vllm_server":
+                loaded[name] = serve_model(folder, config.servers)
+            else:
+                loaded[name] = load_scorer(folder, name, device, precision)
     return Rewarder(
         config,
         tokenizer,

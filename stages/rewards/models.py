@@ -14,6 +14,7 @@ from stages import heartbeat
 from stages.forward import Sequences, scores_at
 from stages.models import load_with_head, to_device
 from stages.precision import use_precision
+from stages.rewards.served import ServedModel
 
 
 def load_scorer(
@@ -27,8 +28,12 @@ def load_scorer(
 
 
 @torch.inference_mode()
-def outcome_scores(model: PreTrainedModel, sequences: Sequences, max_tokens: int) -> Tensor:
+def outcome_scores(
+    model: PreTrainedModel | ServedModel, sequences: Sequences, max_tokens: int
+) -> Tensor:
     """The raw score at the last token of each sequence, [_B]."""
+    if isinstance(model, ServedModel):
+        return model.outcome_scores(sequences)
     scores = torch.zeros(len(sequences), device=model.device)
     for indices in sequences.micro_batches(max_tokens):
         heartbeat.beat(f"scoring {len(sequences)} completions with the outcome reward model")
@@ -39,7 +44,7 @@ def outcome_scores(model: PreTrainedModel, sequences: Sequences, max_tokens: int
 
 @torch.inference_mode()
 def step_scores(
-    model: PreTrainedModel,
+    model: PreTrainedModel | ServedModel,
     sequences: Sequences,
     step_ends: Sequence[Sequence[int]],
     max_tokens: int,
@@ -48,6 +53,8 @@ def step_scores(
 
     step_ends count from the first completion token.
     """
+    if isinstance(model, ServedModel):
+        return model.step_scores(sequences, step_ends)
     scores = [torch.zeros(0, device=model.device) for _ in range(len(sequences))]
     scored = [index for index, ends in enumerate(step_ends) if ends]
     for batch in sequences.select(scored).micro_batches(max_tokens):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from stages.optimization import Optimizer
 from stages.resumption import data_cursor, go_back, refuse_ruined, regular_step, say_resumed
 from stages.rewards.composition import Rewarder
 from stages.rl.algorithms import OnlineAlgorithm
+from stages.rl.batches import Batches, policy_lag
 from stages.rl.experience import CreditMode, Experience
 from stages.rl.guards import Guards, refuse_truncation
 from stages.rl.held_out import HeldOutProbe
@@ -77,7 +79,7 @@ class _Progress:
     """What a checkpoint keeps beside weights, moments and random numbers."""
 
     algorithm: OnlineAlgorithm
-    stream: PromptStream
+    batches: Batches
     guards: Guards
     stability: Stability
     probe: HeldOutProbe
@@ -90,18 +92,17 @@ class _Progress:
         """JSON state."""
         return {
             "metrics": self.metrics,
-            "position": self.stream.position,
             "algorithm": self.algorithm.state_dict(),
             "flat_fractions": self.guards.flat_fractions,
             "stability": self.stability.state_dict(),
             "checks": self.probe.checks,
             "micro_batch_tokens": self.budget.tokens,
-        }
+        } | self.batches.state_dict()
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Stand where an earlier attempt stood."""
         self.go_back(checkpoint)
-        self.stream.position = checkpoint.extra["position"]
+        self.batches.load_state_dict(checkpoint.extra)
         self.stability.load_state_dict(checkpoint.extra["stability"])
         self.budget.tokens = checkpoint.extra["micro_batch_tokens"]
 
@@ -123,14 +124,16 @@ class _Parts:
     algorithm: OnlineAlgorithm
     config: OnlineConfig
     learner: Learner
+    engine: RolloutEngine
     stream: PromptStream
-    sampler: Sampler
+    batches: Batches
     probe: HeldOutProbe
     stability: Stability
     budget: TokenBudget
     checkpoints: Checkpoints
     traces: Traces
     engine_is_exact: bool
+    seed: int
 
 
 def train(
@@ -168,26 +171,30 @@ def train(
         seed=seed,
         run_dir=run_dir,
     )
+    with parts.batches:
+        return _run(parts, tracker)
+
+
+def _run(parts: _Parts, tracker: Tracker) -> OnlineResult:
+    models, algorithm, config = parts.models, parts.algorithm, parts.config
     checkpoints, probe = parts.checkpoints, parts.probe
     guards = Guards(config, compares_groups=algorithm.critic is None)
-    progress = _Progress(algorithm, parts.stream, guards, parts.stability, probe, parts.budget)
-    torch.manual_seed(seed)
+    progress = _Progress(algorithm, parts.batches, guards, parts.stability, probe, parts.budget)
+    torch.manual_seed(parts.seed)
     resumed_from = _start(progress, parts, tracker)
     while progress.step < config.num_steps:
         step, done = progress.step, progress.step + 1
         regular = done == config.num_steps or done == regular_step(done, config.checkpoint_every)
-        engine.update_weights(models.policy, step)
         if probe.due(step):
+            parts.engine.update_weights(models.policy, step)
             probe.look(step)
             if probe.best_step == step:
                 checkpoints.save(step, progress.state_dict(), _keep(step, probe, config))
-        # Seeds of different steps must not meet, whatever rounds and epochs add to them.
-        step_seed = (seed * 1_000_003 + step) * 1_009
         heartbeat.beat(f"sampling for step {done} of {config.num_steps}")
-        found = parts.sampler.sample(step_seed)
+        found = parts.batches.take(step)
         refuse_truncation(found, config)
         try:
-            metrics = _learn(parts, found, step, step_seed)
+            metrics = _learn(parts, found, step)
             tracker.log_metrics(metrics, done)
             logger.info("step %d/%d  %s", done, config.num_steps, _summary(metrics))
             guards.check(metrics)
@@ -228,20 +235,28 @@ def _parts(
 ) -> _Parts:
     learner = _learner(models, algorithm, config)
     stream = PromptStream(prompts, seed)
+    sampler = Sampler(engine, rewarder, stream, config, algorithm.dynamic_sampling_rounds)
     return _Parts(
         models=models,
         algorithm=algorithm,
         config=config,
         learner=learner,
+        engine=engine,
         stream=stream,
-        sampler=Sampler(engine, rewarder, stream, config, algorithm.dynamic_sampling_rounds),
+        batches=Batches(engine, sampler, stream, models.policy, config, partial(_seed, seed)),
         probe=HeldOutProbe(engine, rewarder, held_out, config),
         stability=Stability(config.stability, "rl.online.stability"),
         budget=TokenBudget(config.micro_batch_tokens, "rl.online"),
         checkpoints=_checkpoints(run_dir, learner),
         traces=Traces(run_dir / "traces", config, decode),
         engine_is_exact=engine_is_exact,
+        seed=seed,
     )
+
+
+def _seed(seed: int, step: int) -> int:
+    """Seeds of different steps must not meet, whatever rounds and epochs add to them."""
+    return (seed * 1_000_003 + step) * 1_009
 
 
 def _start(progress: _Progress, parts: _Parts, tracker: Tracker) -> int | None:
@@ -261,7 +276,7 @@ def _start(progress: _Progress, parts: _Parts, tracker: Tracker) -> int | None:
     return checkpoint.step if checkpoint is not None else None
 
 
-def _learn(parts: _Parts, found: ScoredRollouts, step: int, step_seed: int) -> dict[str, float]:
+def _learn(parts: _Parts, found: ScoredRollouts, step: int) -> dict[str, float]:
     """From scored rollouts to new weights; returns the metrics of the step.
 
     Raises Unstable where the step must not stand.
@@ -282,6 +297,8 @@ def _learn(parts: _Parts, found: ScoredRollouts, step: int, step_seed: int) -> d
     warming_up = algorithm.critic is not None and step < algorithm.critic.warmup_steps
     metrics = (
         _batch_metrics(found, experience, config)
+        | {"rollouts/policy_lag": policy_lag(found, step)}
+        | parts.engine.report()
         | {"kl/mean": _kl_to_reference(experience, models.reference, config)}
         | parts.probe.metrics(step)
         | credit.metrics
@@ -292,7 +309,7 @@ def _learn(parts: _Parts, found: ScoredRollouts, step: int, step_seed: int) -> d
             credit,
             algorithm,
             config,
-            seed=step_seed,
+            seed=_seed(parts.seed, step),
             train_policy=not warming_up,
             engine_is_exact=parts.engine_is_exact,
             stability=parts.stability,

@@ -184,7 +184,7 @@ def _policy_gradient(
                 micro.rollout_logprobs,
                 micro.completion_mask,
                 config.mismatch_cap,
-                "token",
+                config.mismatch_level,
             )
         loss = aggregate(per_token, micro.completion_mask, algorithm.aggregation, total)
         sums["policy/loss"] += loss.item()

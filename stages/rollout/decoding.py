@@ -13,6 +13,7 @@ from schemas.base import UserError
 from schemas.rl import SamplingConfig
 from stages.rollout.cache import make_cache
 from stages.rollout.sampling import sample
+from stages.rollout.stop_strings import StopStrings
 from stages.rollout.streams import uniforms
 
 # Finished rows are dropped once they are this share of the batch: below it, copying the cache
@@ -82,7 +83,9 @@ class Completions:
         sampling: SamplingConfig,
         seed: int,
         device: torch.device,
+        stop_strings: StopStrings | None = None,
     ) -> None:
+        """Rows of (prompt, sample), and whoever finds the stop strings in them, row by row."""
         pairs = np.array(rows, dtype=np.int64)
         self._limit = sampling.max_completion_tokens
         numbers = uniforms(seed, pairs[:, 0], pairs[:, 1], self._limit)
@@ -97,6 +100,7 @@ class Completions:
         self._alive = torch.ones_like(self._row, dtype=torch.bool)
         self._step = 0
         self._num_alive = len(rows)
+        self._stop_strings = stop_strings
 
     @property
     def done(self) -> bool:
@@ -110,10 +114,18 @@ class Completions:
         self._logprobs[self._step][self._row] = logprobs
         self._step += 1
         ends = (tokens[:, None] == eos_token_ids).any(dim=1) & self._alive
+        if self._stop_strings is not None:
+            ends |= self._found(self._stop_strings, tokens, self._alive & ~ends)
         self._lengths[self._row[ends]] = self._step
         self._alive &= ~ends
         self._num_alive = int(self._alive.sum())
         return tokens
+
+    def _found(self, stop_strings: StopStrings, tokens: Tensor, alive: Tensor) -> Tensor:
+        """Rows of the batch [_B] in which a stop string ends with the token."""
+        rows = zip(self._row.tolist(), tokens.tolist(), alive.tolist(), strict=True)
+        found = [lives and stop_strings.ends(row, token) for row, token, lives in rows]
+        return torch.tensor(found, dtype=torch.bool, device=alive.device)
 
     def compact(self) -> Tensor | None:
         """Indices of the rows that remain in the batch, or None where all do."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.rl import SamplingConfig
 from stages import heartbeat
-from stages.precision import constant_weights
+from stages.precision import computing
 from stages.rollout.attention import decode_attention
 from stages.rollout.checks import check_lengths
 from stages.rollout.decoding import Completions, Context
+from stages.rollout.stop_strings import StopStrings
 from stages.rollout.types import Rollout
 
 Row = tuple[int, int]
@@ -35,9 +37,16 @@ class NativeEngine:
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         max_batch_size: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        own_copy: bool = False,
     ) -> None:
-        self._model = model
-        self._eos_token_ids = torch.tensor(sorted(eos_token_ids), device=model.device)
+        """tokenizer: for stop strings. own_copy: sample from a copy, which stays as it is between
+        one `update_weights` and the next, so that the model may be trained meanwhile.
+        """
+        self._source = model
+        self._model = copy.deepcopy(model).requires_grad_(False) if own_copy else model
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._tokenizer = tokenizer
         self._pad_token_id = pad_token_id
         self._max_batch_size = max_batch_size
         text = model.config.get_text_config(decoder=True)
@@ -62,7 +71,7 @@ class NativeEngine:
         with (
             _evaluating(model),
             decode_attention(model),
-            constant_weights(model),
+            computing(model),
             torch.inference_mode(),
         ):
             for start in range(0, len(rows), self._max_batch_size):
@@ -71,13 +80,21 @@ class NativeEngine:
         return [found[row] for row in sorted(rows)]
 
     def update_weights(self, policy: PreTrainedModel, version: int) -> None:
-        """Take the version; the weights are the trainer's own, and so are new already."""
-        assert policy is self._model, "the native engine samples from the module it was made with"
+        """Take the version; unless the engine has a copy, the weights are new already."""
+        assert policy is self._source, "the native engine samples from the module it was made with"
+        if self._model is not policy:
+            with torch.no_grad():
+                for own, new in zip(self._model.parameters(), policy.parameters(), strict=True):
+                    own.copy_(new)
         self._version = version
+
+    def report(self) -> dict[str, float]:
+        """Nothing: the engine is part of the stage and falls with it."""
+        return {}
 
     def close(self) -> None:
         """Let go of the model."""
-        del self._model
+        del self._model, self._source
 
     def _decode(
         self,
@@ -94,14 +111,23 @@ class NativeEngine:
             sampling.max_completion_tokens,
             self._pad_token_id,
         )
-        completions = Completions(batch, sampling, seed, self._model.device)
+        completions = Completions(
+            batch,
+            sampling,
+            seed,
+            self._model.device,
+            self._stop_strings([prompt_ids[prompt] for prompt, _ in batch], sampling),
+        )
+        ends = torch.tensor(
+            [*self._eos_token_ids, *sampling.stop_token_ids], device=self._model.device
+        )
         place = {prompt: index for index, prompt in enumerate(prompts)}
         context.select(
             torch.tensor([place[prompt] for prompt, _ in batch], device=self._model.device)
         )
         while True:
             heartbeat.beat(f"sampling {len(batch)} completions of {len(prompts)} prompts")
-            tokens = completions.draw(context.logits, self._eos_token_ids)
+            tokens = completions.draw(context.logits, ends)
             if completions.done:
                 break
             keep = completions.compact()
@@ -121,6 +147,14 @@ class NativeEngine:
                     prompt_index=row[0],
                 ),
             )
+
+    def _stop_strings(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig
+    ) -> StopStrings | None:
+        if not sampling.stop:
+            return None
+        assert self._tokenizer is not None, "stop strings need a tokenizer"
+        return StopStrings(self._tokenizer, sampling.stop, prompts)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ def sample(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[T
     """Draw a token from each row of logits [_B, _V] with its number of uniform [_B] in (0, 1).
 
     Returns (tokens [_B] long, logprobs [_B] float32); the logprobs are of softmax(logits /
-    temperature) before top-k and top-p, and of temperature 1 when the temperature is 0 (greedy).
+    temperature) before min-p, top-k and top-p, and of temperature 1 when the temperature is 0
+    (greedy).
     """
     logits = logits.float()
     if sampling.temperature not in (0.0, 1.0):
@@ -35,18 +36,28 @@ def sample(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[T
     if sampling.temperature == 0.0:
         tokens = logits.argmax(dim=-1)
     elif sampling.top_k or sampling.top_p < 1.0:
-        kept, ids = _truncate(weights, total, sampling)
+        kept, ids = _truncate(_likely(weights, sampling), sampling)
         drawn = _invert(kept, uniform).clamp(max=ids.shape[1] - 1)
         tokens = ids.gather(1, drawn[:, None]).squeeze(1)
     elif weights.shape[1] <= _FLAT_VOCABULARY:
-        tokens = _invert(weights, uniform)
+        tokens = _invert(_likely(weights, sampling), uniform)
     else:
-        tokens = _invert_in_blocks(weights, uniform)
+        tokens = _invert_in_blocks(_likely(weights, sampling), uniform)
     # Logits that are not numbers give an index past the end, which must not reach the gather (on a
     # GPU it would end the process); their log-probability says what happened.
     tokens = tokens.clamp(max=logits.shape[1] - 1)
     chosen = logits.gather(1, tokens[:, None]).squeeze(1)
     return tokens, chosen - highest.squeeze(1) - total.log()
+
+
+def _likely(weights: Tensor, sampling: SamplingConfig) -> Tensor:
+    """The weights [_B, _V], those below min-p of the highest, which is 1, set to 0.
+
+    (Nguyen et al. 2024, "Turning up the heat: min-p sampling", on the tempered distribution.)
+    """
+    if sampling.min_p == 0.0:
+        return weights
+    return weights.masked_fill(weights < sampling.min_p, 0.0)
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -76,13 +87,14 @@ def _invert_in_blocks(weights: Tensor, uniform: Tensor) -> Tensor:
     return block.squeeze(1) * _BLOCK + entry
 
 
-def _truncate(weights: Tensor, total: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+def _truncate(weights: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Weights and ids [_B, _K] of the likeliest tokens; a weight outside the set is 0.
 
-    Top-k goes first and top-p sees what it left, as in transformers and vLLM. The set of top-p
+    Min-p has gone first; top-k is next and top-p sees what it left, as in vLLM. The set of top-p
     is the smallest that holds at least p, so the token that reaches p is in it.
     """
     size = weights.shape[1]
+    total = weights.sum(dim=-1)
     if sampling.top_k:
         kept, ids = weights.topk(min(sampling.top_k, size), dim=-1)
         total = kept.sum(dim=-1)

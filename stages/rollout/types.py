@@ -19,12 +19,12 @@ class Rollout:
 
     prompt_ids: list[int]
     completion_ids: list[int]
-    """The end token is the last of them when `finish_reason` is "stop"."""
+    """Where `finish_reason` is "stop", the last of them is an end token, or ends a stop string."""
     rollout_logprobs: list[float]
     """Of each completion token under softmax(logits / temperature) of the whole vocabulary.
 
-    That is before top-p and top-k cut the distribution, as the trainer computes its own. A greedy
-    completion (temperature 0) carries those of temperature 1.
+    That is before min-p, top-k and top-p cut the distribution, as the trainer computes its own. A
+    greedy completion (temperature 0) carries those of temperature 1.
     """
     finish_reason: FinishReason
     policy_version: int
@@ -58,6 +58,10 @@ class RolloutEngine(Protocol):
 
     def update_weights(self, policy: PreTrainedModel, version: int) -> None:
         """Sample from the weights of `policy` from now on, and stamp rollouts with `version`."""
+        ...
+
+    def report(self) -> dict[str, float]:
+        """Metrics of the faults that it has survived so far; none where it survives none."""
         ...
 
     def close(self) -> None:

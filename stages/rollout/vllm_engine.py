@@ -1,15 +1,20 @@
-"""vLLM in the stage's own process. The one module that imports it."""
+"""vLLM in the stage's own process, and what a server of vLLM runs of ours.
+
+The one module that imports vLLM.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, PreTrainedModel
 
 from schemas.base import UserError
 from schemas.rl import SamplingConfig
@@ -17,9 +22,10 @@ from stages import heartbeat
 from stages.rollout.checks import check_lengths
 from stages.rollout.streams import request_seed
 from stages.rollout.types import Rollout
+from stages.rollout.vllm_settings import cache_room, number_format, sampling_params
 
 # Must be in the environment when vLLM is imported, or at the latest when an engine starts. What a
-# user has set stays, but for the first: weights are handed over by reference, within the process.
+# user has set stays.
 _ENVIRONMENT = {
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
     # The threads are the trainer's too: they are not to be pinned.
@@ -29,11 +35,6 @@ _ENVIRONMENT = {
     # Its parallel group, though of one process, meets at this address.
     "VLLM_HOST_IP": "127.0.0.1",
 }
-
-# vLLM takes all the memory that it is not told to leave, and the trainer needs the rest.
-_SHARE_OF_FREE_MEMORY = 0.25
-# A sequence holds whole blocks of keys and values; blocks are at most this many tokens.
-_BLOCK = 128
 
 
 class VLLMEngine:
@@ -49,24 +50,32 @@ class VLLMEngine:
     """
 
     def __init__(
-        self, model_folder: Path, *, eos_token_ids: Sequence[int], max_batch_size: int
+        self,
+        model_folder: Path,
+        *,
+        eos_token_ids: Sequence[int],
+        max_batch_size: int,
+        tokenizer: bool = False,
     ) -> None:
+        """Load the folder. tokenizer: whether it has one, which stop strings need."""
+        # Weights are handed over by reference, within the process.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         heartbeat.beat("starting vLLM")
         vllm = _import_vllm()
         config = AutoConfig.from_pretrained(
             model_folder, local_files_only=True, trust_remote_code=False
         )
-        size, self._context = _cache_room(config, max_batch_size)
+        size, self._context = cache_room(config, max_batch_size)
         self._sampling_params = vllm.SamplingParams
         self._llm = vllm.LLM(
             model=str(model_folder),
             trust_remote_code=False,
             load_format="safetensors",
             # "auto" would turn float32 into a format of 16 bits.
-            dtype=_dtype(config),
-            skip_tokenizer_init=True,
+            dtype=number_format(config),
+            skip_tokenizer_init=not tokenizer,
             generation_config="vllm",
-            enforce_eager=True,
+            enforce_eager=not torch.cuda.is_available(),
             max_model_len=self._context,
             max_num_seqs=max_batch_size,
             kv_cache_memory_bytes=size,
@@ -74,9 +83,9 @@ class VLLMEngine:
             seed=0,
         )
         self._eos_token_ids = list(eos_token_ids)
-        self._temperature = 1.0
+        self._temperature = Temperature()
         self._version = 0
-        self._llm.apply_model(self._divide_logits)
+        self._llm.apply_model(self._temperature.install)
 
     def generate(
         self,
@@ -91,24 +100,17 @@ class VLLMEngine:
         # Kept keys and values may be those of older weights; and even if they are not, a hit
         # changes the last bits, so that a call would depend on the calls before it.
         self._llm.reset_prefix_cache()
-        greedy = sampling.temperature == 0
-        self._temperature = 1.0 if greedy else sampling.temperature
+        self._temperature.value = sampling.temperature or 1.0
+        # Lists of numbers in place of an object for each token: vLLM itself is faster by it.
+        params = sampling_params(sampling, self._eos_token_ids) | {"flat_logprobs": True}
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompt_ids],
             [
                 self._sampling_params(
-                    n=num_samples,
-                    temperature=0.0 if greedy else 1.0,
-                    top_p=sampling.top_p,
-                    top_k=sampling.top_k,
-                    max_tokens=sampling.max_completion_tokens,
                     # vLLM adds the number of the sample to the seed of its prompt.
+                    **params,
+                    n=num_samples,
                     seed=request_seed(seed, index),
-                    # Our end tokens are the only ones, whatever the model's folder says.
-                    ignore_eos=True,
-                    stop_token_ids=self._eos_token_ids,
-                    logprobs=0,
-                    detokenize=False,
                 )
                 for index in range(len(prompt_ids))
             ],
@@ -130,6 +132,10 @@ class VLLMEngine:
         self._llm.apply_model(_pack_heads)
         self._version = version
 
+    def report(self) -> dict[str, float]:
+        """Nothing: an engine in the stage's own process falls with it."""
+        return {}
+
     def close(self) -> None:
         """End the engine and give its memory back; left open, it may hang the process at exit."""
         self._llm.llm_engine.engine_core.shutdown()
@@ -138,35 +144,76 @@ class VLLMEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _divide_logits(self, model: torch.nn.Module) -> None:
-        """Divide what the model's logits processor gives by the temperature of the call."""
-        from vllm.model_executor.layers.logits_processor import LogitsProcessor
-
-        found = [part for part in model.modules() if isinstance(part, LogitsProcessor)]
-        assert found, f"{type(model).__name__} has no logits processor to apply a temperature to"
-
-        def divide(module: object, arguments: object, logits: torch.Tensor) -> torch.Tensor:
-            heartbeat.beat("sampling with vLLM")
-            return logits if self._temperature == 1.0 else logits.float() / self._temperature
-
-        for part in found:
-            part.register_forward_hook(divide)
-
     def _rollout(self, index: int, prompt_ids: list[int], completion: Any) -> Rollout:
         ids = list(completion.token_ids)
-        logprobs = [one[token].logprob for one, token in zip(completion.logprobs, ids, strict=True)]
+        assert completion.logprobs.token_ids == ids, "log-probabilities of other tokens"
         return Rollout(
             prompt_ids=prompt_ids,
             completion_ids=ids,
-            rollout_logprobs=logprobs,
+            rollout_logprobs=list(completion.logprobs.logprobs),
             finish_reason="stop" if completion.finish_reason == "stop" else "length",
             policy_version=self._version,
             prompt_index=index,
         )
 
 
+class Temperature:
+    """Divides what the logits processors of a model give, for all requests alike."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+
+    def install(self, model: torch.nn.Module) -> None:
+        """Divide the logits of this model from now on by the value of the moment."""
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+        found = [part for part in model.modules() if isinstance(part, LogitsProcessor)]
+        assert found, f"{type(model).__name__} has no logits processor to apply a temperature to"
+        for part in found:
+            part.register_forward_hook(self._divide)
+
+    def _divide(self, module: object, arguments: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.value == 1.0 else logits.float() / self.value
+
+
+class PolicyWorker:
+    """What the worker of a server can do for us: `vllm serve --worker-extension-cls`.
+
+    vLLM makes it a base of its own worker class, so it has no `__init__`, and its names are none of
+    the worker's.
+    """
+
+    policy_temperature: Temperature | None = None
+
+    def load_policy(self, path: str) -> None:
+        """Take the weights in a safetensors file, in place."""
+        weights = load_file(path)
+        worker: Any = self
+        worker.reload_weights(weights_iterator=iter(weights.items()))
+        _pack_heads(worker.get_model())
+
+    def set_policy_temperature(self, temperature: float) -> None:
+        """Divide the logits by this from now on."""
+        worker: Any = self
+        if self.policy_temperature is None:
+            self.policy_temperature = Temperature()
+            self.policy_temperature.install(worker.get_model())
+        self.policy_temperature.value = temperature
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """Be a `vllm serve` with one API server, until told to stop.
+
+    Not by the command itself, which does not start under a distribution of another name (vllm-cpu).
+    """
+    _import_vllm()
+    from vllm.entrypoints.launchers.api_server.entry import main
+
+    sys.argv = ["vllm", *arguments]
+    main()
+
+
 def _import_vllm() -> Any:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -190,28 +237,3 @@ def _pack_heads(model: torch.nn.Module) -> None:
         for part in model.modules():
             if isinstance(part, ParallelLMHead):
                 dispatch_cpu_unquantized_gemm(part, remove_weight=False)
-
-
-def _cache_room(config: PreTrainedConfig, max_batch_size: int) -> tuple[int, int]:
-    """Bytes for keys and values, and the longest sequence in tokens that fits in them."""
-    text = config.get_text_config(decoder=True)
-    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token = 2 * text.num_hidden_layers * num_heads * head_dim * _dtype(config).itemsize
-    context: int = text.max_position_embeddings
-    wanted = token * (context + _BLOCK) * max_batch_size
-    size = min(wanted, int(_free_memory() * _SHARE_OF_FREE_MEMORY))
-    return size, min(context, size // token - _BLOCK)
-
-
-def _dtype(config: PreTrainedConfig) -> torch.dtype:
-    """The number format that the folder was saved in."""
-    dtype = config.dtype or torch.float32
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def _free_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -129,6 +129,26 @@ def test_where_it_runs_does_not_enter_a_fingerprint(
     assert changed(before, after) == set()
 
 
+def test_the_engine_enters_a_fingerprint_and_its_servers_do_not(walk: Walk) -> None:
+    native = _fingerprints(walk, "quickstart")
+    # This machine decides what `auto` is, before the fingerprint.
+    auto = _fingerprints(walk, "quickstart", "rollout.engine=auto", "compute.device=cpu")
+    assert auto == native
+    servers = _fingerprints(walk, "quickstart", "rollout.engine=vllm_server")
+    assert {"train_rl", "evaluate"} <= changed(native, servers)
+    more = ["rollout.servers.count=3", "rollout.servers.stall_timeout=9"]
+    assert _fingerprints(walk, "quickstart", "rollout.engine=vllm_server", *more) == servers
+
+
+def test_a_request_says_why_its_engine_was_chosen(walk: Walk) -> None:
+    overrides = ["rollout.engine=auto", "compute.device=cpu"]
+    requests = walk(load_recipe("quickstart", overrides))
+    (train_rl,) = [request for request in requests if isinstance(request, TrainRLRequest)]
+    assert train_rl.rollout is not None
+    assert train_rl.rollout.engine == "native"
+    assert train_rl.runtime.engine_reason == "auto: the device is cpu"
+
+
 def test_the_content_of_a_file_enters_the_fingerprint(walk: Walk, files_recipe: Path) -> None:
     before = _fingerprints(walk, files_recipe)
     data = files_recipe.parent / "data" / "prompts.jsonl"

@@ -149,6 +149,49 @@ def test_a_possible_recipe_is_taken(changes: dict[str, Any]) -> None:
             "multiple of num_mini_batches",
         ),
         ({**DPO, "data.preferences": None}, "dpo learns from pairs", "add data.preferences"),
+        (
+            {"rollout": {"engine": "vllm"}, "rl.online.max_policy_lag": 1},
+            "samples while the policy trains",
+            "set rollout.engine to vllm_server",
+        ),
+        (
+            {"rollout": {"engine": "vllm_server", "servers": {"urls": ["http://host:8000"]}}},
+            "read new weights from a folder",
+            "add servers.weights_folder",
+        ),
+        (
+            {"rollout": {"engine": "vllm_server", "servers": {"weights_folder": "/shared"}}},
+            "weights_folder is for servers named by servers.urls",
+            "drop it",
+        ),
+        (
+            {
+                "reward.engine": "vllm_server",
+                "reward.servers": {"urls": ["http://h:1"], "weights_folder": "/shared"},
+            },
+            "served by the stage itself",
+            "drop servers.urls",
+        ),
+        (
+            {
+                "rollout": {
+                    "engine": "native",
+                    "servers": {"urls": ["http://host:8000"], "weights_folder": "/shared"},
+                }
+            },
+            "engine is native",
+            "set it to vllm_server",
+        ),
+        (
+            {
+                "rollout": {
+                    "engine": "vllm_server",
+                    "servers": {"urls": ["http://h:1", "http://h:1"], "weights_folder": "/shared"},
+                }
+            },
+            "servers.urls",
+            "names a server twice",
+        ),
         ({**DPO, "rl.dpo.pairs": "sampled"}, "pairs is sampled", "add section sample_preferences"),
         (
             {**DPO, "rl.dpo.loss": "ipo", "rl.dpo.label_smoothing": 0.1},

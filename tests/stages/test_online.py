@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from stages.rl.guards import Guards
 from stages.rl.held_out import split_held_out
 from stages.rl.rollouts import PromptRecord, PromptStream, Sampler
 from stages.rollout.engine import build_engine
-from stages.rollout.types import Rollout
+from stages.rollout.types import Rollout, RolloutEngine
 from stages.shared_critic import Critic, SharedCritic
 from stages.tokenization import decode
 from tests.stages.fakes import Killed, MemoryTracker
@@ -118,6 +119,7 @@ def train(
     run_dir: Path,
     tracker: MemoryTracker,
     algorithm: str,
+    wrap: Callable[[RolloutEngine], RolloutEngine] = lambda engine: engine,
     *,
     engine_is_exact: bool = True,
     **changes: Any,
@@ -140,17 +142,18 @@ def train(
         model_folder=folder,
         eos_token_ids=[tokenizer.eos_token_id],
         pad_token_id=tokenizer.pad_token_id,
+        while_training=config.online.max_policy_lag > 0,
     )
     try:
         result = online.train(
             models,
             functions,
-            engine,
+            wrap(engine),
             rewarder(tokenizer, folder),
             *split_held_out(prompts(tokenizer), config.online.stability.held_out),
             config.online,
             decode=partial(decode, tokenizer),
-            engine_is_exact=engine_is_exact,
+            engine_is_exact=engine_is_exact and config.online.max_policy_lag == 0,
             seed=3,
             run_dir=run_dir,
             tracker=tracker,
@@ -161,20 +164,24 @@ def train(
 
 
 @EVERY_ALGORITHM
+@pytest.mark.parametrize("lag", [0, 1])
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(
-    tiny: Any, tiny_folder: Path, tmp_path: Path, algorithm: str
+    tiny: Any, tiny_folder: Path, tmp_path: Path, algorithm: str, lag: int
 ) -> None:
     whole = MemoryTracker()
-    expected, _ = train(tiny, tiny_folder, tmp_path / "whole", whole, algorithm)
+    lagging = partial(train, max_policy_lag=lag)
+    expected, _ = lagging(tiny, tiny_folder, tmp_path / "whole", whole, algorithm)
+    lags = [metrics["rollouts/policy_lag"] for _, metrics in whole.lines]
+    assert lags == [0.0, lag, lag, lag]
     traces = traces_of(tmp_path / "whole")
     assert list(traces) == [f"step-{step:08d}.parquet" for step in (1, 3, 4)]
     for die_at in (3, 4):
         run_dir = tmp_path / f"cut-{die_at}"
         cut = DyingTracker(die_at)
-        _, nothing = train(tiny, tiny_folder, run_dir, cut, algorithm)
+        _, nothing = lagging(tiny, tiny_folder, run_dir, cut, algorithm)
         assert nothing is None
         cut.die_at = None
-        weights, result = train(tiny, tiny_folder, run_dir, cut, algorithm)
+        weights, result = lagging(tiny, tiny_folder, run_dir, cut, algorithm)
         assert result is not None
         assert result.resumed_from_step == 2
         assert cut.lines == whole.lines
@@ -182,6 +189,96 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(
         found = traces_of(run_dir)
         assert found.keys() == traces.keys()
         assert all(found[name].equals(traces[name], check_metadata=True) for name in traces)
+
+
+class SpyEngine:
+    """Keeps, of a native engine, every weight it was given and every rollout it drew."""
+
+    def __init__(self, engine: RolloutEngine, before: Callable[[int], None]) -> None:
+        self.engine = engine
+        self.before = before
+        self.weights: dict[int, dict[str, torch.Tensor]] = {}
+        self.drawn: list[list[Rollout]] = []
+
+    def generate(self, prompt_ids: Any, sampling: Any, *, num_samples: int, seed: int) -> Any:
+        self.before(len(self.drawn))
+        found = self.engine.generate(prompt_ids, sampling, num_samples=num_samples, seed=seed)
+        self.drawn.append(found)
+        return found
+
+    def update_weights(self, policy: Any, version: int) -> None:
+        self.weights[version] = {n: v.detach().clone() for n, v in policy.named_parameters()}
+        self.engine.update_weights(policy, version)
+
+    def report(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def test_a_lagging_batch_is_drawn_while_the_policy_trains_by_the_weights_before(
+    tiny: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    logged = [threading.Event() for _ in range(5)]
+
+    class Tracker(MemoryTracker):
+        def log_metrics(self, metrics: Any, step: int) -> None:
+            super().log_metrics(metrics, step)
+            logged[step].set()
+
+    def before(batch: int) -> None:
+        # Batches 1 to 3 wait for the end of the step that they are drawn beside: were they drawn
+        # before or after it, nothing would ever be logged.
+        if batch:
+            assert logged[batch].wait(60)
+
+    spies: list[SpyEngine] = []
+
+    def spy(engine: RolloutEngine) -> SpyEngine:
+        spies.append(SpyEngine(engine, before))
+        return spies[0]
+
+    train(
+        tiny,
+        tiny_folder,
+        tmp_path,
+        Tracker(),
+        "grpo",
+        wrap=spy,
+        max_policy_lag=1,
+        checkpoint_every=4,
+    )
+    weights, drawn = spies[0].weights, spies[0].drawn
+    assert [{r.policy_version for r in batch} for batch in drawn] == [{0}, {0}, {1}, {2}]
+    assert not torch.equal(*(weights[v]["model.embed_tokens.weight"] for v in (0, 1)))
+    model = load_policy(tiny_folder, torch.device("cpu")).eval()
+    for batch in drawn:
+        model.load_state_dict(weights[batch[0].policy_version], strict=False)
+        for rollout in batch[::5]:
+            with torch.no_grad():
+                logits = model(torch.tensor([rollout.prompt_ids + rollout.completion_ids])).logits
+            logprobs = logits[0, len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
+            own = logprobs.gather(1, torch.tensor(rollout.completion_ids)[:, None]).squeeze(1)
+            assert rollout.rollout_logprobs == pytest.approx(own.tolist(), abs=1e-5)
+
+
+def test_rollouts_of_a_version_that_was_not_asked_for_are_refused(
+    tiny: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    class Stale(SpyEngine):
+        def update_weights(self, policy: Any, version: int) -> None:
+            super().update_weights(policy, 0)
+
+    with pytest.raises(AssertionError, match=r"step 1 was given rollouts of .* versions \[0\]"):
+        train(
+            tiny,
+            tiny_folder,
+            tmp_path,
+            MemoryTracker(),
+            "grpo",
+            wrap=lambda engine: Stale(engine, lambda batch: None),
+        )
 
 
 def test_traces_do_not_change_the_weights(tiny: Any, tiny_folder: Path, tmp_path: Path) -> None:
@@ -417,6 +514,9 @@ class ScriptedEngine:
         ]
 
     def update_weights(self, policy: Any, version: int) -> None: ...
+
+    def report(self) -> dict[str, float]:
+        return {}
 
     def close(self) -> None: ...
 

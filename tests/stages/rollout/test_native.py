@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from scipy import stats
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -15,11 +16,15 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from schemas.base import UserError
 from schemas.rl import SamplingConfig
 from stages.rollout.native import NativeEngine
+from stages.rollout.stop_strings import StopStrings
+from tests.stages.rollout.tiny import letters
 
 EOS = 2
 PROMPTS = [[5, 6, 7], [4], [3, 9, 8, 4, 10, 11, 5], [6, 6], [12, 3, 4, 5]]
@@ -241,6 +246,138 @@ def test_limit_of_one_token_and_any_of_several_end_tokens(model: LlamaForCausalL
     }
     assert ends <= {EOS, 5, 9}
     assert len(ends) > 1
+
+
+def cut(tokenizer: PreTrainedTokenizerFast, ids: list[int], stop: tuple[str, ...]) -> list[int]:
+    """The shortest beginning whose text has a stop string in it, or all."""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+        if any(one in text for one in stop):
+            return ids[:end]
+    return ids
+
+
+def test_the_tokenizer_of_these_tests_says_letters() -> None:
+    assert letters(16).decode([3, 1, 4, 15, 2], skip_special_tokens=True) == "abm"
+
+
+@pytest.mark.parametrize("stop", [("h",), ("ab", "m"), ("cd", "dcb", "kk")])
+@pytest.mark.parametrize("max_batch_size", [64, 3])
+def test_stop_strings_cut_where_the_text_has_them(
+    model: LlamaForCausalLM, stop: tuple[str, ...], max_batch_size: int
+) -> None:
+    tokenizer = letters(16)
+    sampler = NativeEngine(
+        model,
+        eos_token_ids=[EOS],
+        pad_token_id=EOS,
+        max_batch_size=max_batch_size,
+        tokenizer=tokenizer,
+    )
+    free = SamplingConfig(temperature=1.5, max_completion_tokens=30)
+    whole = sampler.generate(PROMPTS, free, num_samples=8, seed=2)
+    stopping = free.model_copy(update={"stop": stop})
+    found = sampler.generate(PROMPTS, stopping, num_samples=8, seed=2)
+    num_cut = 0
+    for rollout, uncut in zip(found, whole, strict=True):
+        expected = cut(tokenizer, uncut.completion_ids, stop)
+        assert rollout.completion_ids == expected
+        text = tokenizer.decode(expected, skip_special_tokens=True)
+        stopped = expected[-1] == EOS or any(one in text for one in stop)
+        assert rollout.finish_reason == ("stop" if stopped else "length")
+        assert rollout.rollout_logprobs == pytest.approx(
+            uncut.rollout_logprobs[: len(expected)], abs=1e-5
+        )
+        num_cut += len(expected) < len(uncut.completion_ids)
+    assert num_cut > 3
+
+
+def test_a_stop_string_that_begins_in_the_prompt_does_not_count() -> None:
+    strings = StopStrings(letters(16), ["aaa"], [[3, 3], [5]])
+    assert [strings.ends(0, 3) for _ in range(4)] == [False, False, True, True]
+    # Rows are apart, and a special token is no text.
+    assert [strings.ends(1, token) for token in (3, 1, 3, 4, 3, 3)] == [False] * 6
+    assert strings.ends(1, 3)
+
+
+def test_characters_of_several_tokens_are_seen_when_they_are_whole() -> None:
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    strings = StopStrings(fast, ["né"], [list(b"x"), list(b"x")])
+    assert [strings.ends(0, byte) for byte in "née".encode()] == [False, False, True, False]
+    assert [strings.ends(1, byte) for byte in "nn\u00e8n\u00e9".encode()][-1]
+
+
+def test_stop_strings_need_a_fast_tokenizer() -> None:
+    class Slow(PreTrainedTokenizerBase):
+        pass
+
+    with pytest.raises(UserError, match=r"Slow is none: use sampling\.stop_token_ids"):
+        StopStrings(Slow(), ["x"], [[1]])
+
+
+def test_stop_tokens_end_a_completion_and_are_kept(model: LlamaForCausalLM) -> None:
+    sampling = SamplingConfig(temperature=1.5, max_completion_tokens=30, stop_token_ids=(5, 9))
+    rollouts = engine(model).generate(PROMPTS, sampling, num_samples=20, seed=0)
+    ends = {r.completion_ids[-1] for r in rollouts if not r.truncated}
+    assert ends == {EOS, 5, 9}
+    for rollout in rollouts:
+        assert not {EOS, 5, 9} & set(rollout.completion_ids[:-1])
+        assert rollout.truncated == (rollout.completion_ids[-1] not in {EOS, 5, 9})
+
+
+def test_sequences_under_min_p_follow_their_exact_distribution() -> None:
+    model = llama(vocab_size=5, initializer_range=0.2)
+    prompt, limit, min_p, num_samples = [3, 4], 3, 0.2, 20_000
+    expected: dict[tuple[int, ...], tuple[float, float]] = {}
+
+    def grow(done: tuple[int, ...], chance: float, logprob: float) -> None:
+        if done and (done[-1] == EOS or len(done) == limit):
+            expected[done] = (chance, logprob)
+            return
+        p = logits_of(model, prompt + list(done))[-1].softmax(-1)
+        kept = torch.where(p >= min_p * p.max(), p, 0.0)
+        for token in kept.nonzero().squeeze(1).tolist():
+            share = (kept[token] / kept.sum()).item()
+            grow((*done, token), chance * share, logprob + p[token].log().item())
+
+    grow((), 1.0, 0.0)
+    assert len(expected) > 5
+    sampling = SamplingConfig(min_p=min_p, max_completion_tokens=limit)
+    rollouts = engine(model, max_batch_size=4096).generate(
+        [prompt], sampling, num_samples=num_samples, seed=11
+    )
+    counts = Counter(tuple(r.completion_ids) for r in rollouts)
+    assert set(counts) <= set(expected)
+    result = stats.chisquare(
+        [counts[c] for c in expected], [p * num_samples for p, _ in expected.values()]
+    )
+    assert result.pvalue > 0.01
+    for rollout in rollouts[:200]:
+        _, logprob = expected[tuple(rollout.completion_ids)]
+        assert sum(rollout.rollout_logprobs) == pytest.approx(logprob, abs=1e-4)
+
+
+def test_a_copy_stays_as_it_is_until_it_is_renewed() -> None:
+    model = llama()
+    sampling = SamplingConfig(max_completion_tokens=10)
+    sampler = NativeEngine(
+        model, eos_token_ids=[EOS], pad_token_id=EOS, max_batch_size=64, own_copy=True
+    )
+    before = sampler.generate(PROMPTS, sampling, num_samples=4, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert sampler.generate(PROMPTS, sampling, num_samples=4, seed=1) == before
+    sampler.update_weights(model, 1)
+    after = sampler.generate(PROMPTS, sampling, num_samples=4, seed=1)
+    fresh = engine(model).generate(PROMPTS, sampling, num_samples=4, seed=1)
+    assert [r.completion_ids for r in after] == [r.completion_ids for r in fresh]
+    assert [r.completion_ids for r in after] != [r.completion_ids for r in before]
+    assert {r.policy_version for r in after} == {1}
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_training_mode_comes_back_and_dropout_is_off() -> None:

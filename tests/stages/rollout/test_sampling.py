@@ -1,5 +1,7 @@
 """Drawing from logits: exact sets, exact probabilities."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,65 @@ def test_top_p_and_top_k_keep_exactly_these(top_p: float, top_k: int, kept: list
     sampling = SamplingConfig(top_p=top_p, top_k=top_k, max_completion_tokens=1)
     found = shares(probabilities.log(), sampling)
     assert torch.allclose(found, expected, atol=1.5 / 5_000, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("min_p", "top_p", "top_k", "kept"),
+    [
+        (0.5, 1.0, 0, [4, 1]),  # half of the likeliest, exactly
+        (0.51, 1.0, 0, [4]),
+        (0.25, 1.0, 0, [4, 1, 3]),
+        (0.125, 1.0, 0, [0, 1, 2, 3, 4]),
+        (1.0, 1.0, 0, [4]),
+        (0.25, 1.0, 2, [4, 1]),
+        (0.25, 0.57, 0, [4]),  # of the three that min-p leaves, the first holds 8 / 14
+        (0.25, 0.58, 0, [4, 1]),
+        (0.25, 0.58, 1, [4]),
+    ],
+)
+def test_min_p_goes_before_top_k_and_top_p(
+    min_p: float, top_p: float, top_k: int, kept: list[int]
+) -> None:
+    probabilities = torch.tensor([1, 4, 1, 2, 8], dtype=torch.float64) / 16
+    expected = torch.zeros(5, dtype=torch.float64)
+    expected[kept] = probabilities[kept] / probabilities[kept].sum()
+    sampling = SamplingConfig(min_p=min_p, top_p=top_p, top_k=top_k, max_completion_tokens=1)
+    found = shares(probabilities.log(), sampling)
+    assert torch.allclose(found, expected, atol=1.5 / 5_000, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_shares_are_those_of_an_enumeration(seed: int) -> None:
+    """Against the rules applied one after the other to a sorted list of probabilities."""
+    choose = random.Random(seed).choice
+    size, temperature = choose([3, 40, 1030, 2100]), choose([0.5, 1.0, 1.7])
+    min_p, top_k = choose([0.0, 0.02, 0.3, 0.9]), choose([0, 0, 1, 5, 5000])
+    top_p = choose([1.0, 0.9, 0.3])
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 2
+    probabilities = (logits.double() / temperature).softmax(0)
+    ranked = sorted(enumerate(probabilities.tolist()), key=lambda pair: -pair[1])
+    kept = [(token, p) for token, p in ranked if p >= min_p * ranked[0][1]]
+    kept = kept[: top_k or size]
+    total, before, nucleus = sum(p for _, p in kept), 0.0, []
+    for token, p in kept:
+        if before < top_p * total or top_p == 1.0:
+            nucleus.append((token, p))
+        before += p
+    left = sum(p for _, p in nucleus)
+    expected = torch.zeros(size, dtype=torch.float64)
+    for token, p in nucleus:
+        expected[token] = p / left
+    sampling = SamplingConfig(
+        temperature=temperature,
+        min_p=min_p,
+        top_k=top_k,
+        top_p=top_p,
+        max_completion_tokens=1,
+    )
+    tokens, logprobs = sample(logits.expand(2_000, -1), grid(2_000), sampling)
+    found = torch.bincount(tokens, minlength=size).double() / 2_000
+    assert torch.allclose(found, expected, atol=1.5 / 2_000, rtol=0)
+    assert torch.allclose(logprobs.double(), probabilities.log()[tokens], atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])

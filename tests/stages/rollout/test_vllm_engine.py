@@ -4,59 +4,45 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from schemas.base import UserError
 from schemas.rl import RolloutConfig, SamplingConfig
 from stages.rollout.engine import build_engine
 from stages.rollout.native import NativeEngine
 from stages.rollout.types import Rollout, RolloutEngine
+from tests.stages.rollout.tiny import EOS, PROMPTS, exact_logprobs, letters, llama
 
-EOS = 2
 GREEDY = SamplingConfig(temperature=0, max_completion_tokens=20)
-PROMPTS = [[5, 6, 7], [4], [3, 9, 8, 4, 10, 11, 5], [6, 6], [12, 3, 4, 5]]
+
+# Each ends some greedy completion of the tied model and of the other.
+STOPS: list[dict[str, Any]] = [
+    {"stop": ("rI", "cl", "kk")},
+    {"stop_token_ids": (37, 46)},
+    {"stop": ("ooo", "Is", "hd"), "stop_token_ids": (24, 62)},
+]
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
 )
 
 
-def llama(seed: int, *, tied: bool) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=128,
-            initializer_range=0.2,
-            tie_word_embeddings=tied,
-            bos_token_id=1,
-            eos_token_id=EOS,
-        )
-    ).eval()
-
-
 def start(model: PreTrainedModel, folder: Path) -> RolloutEngine:
     model.save_pretrained(folder)
-    config = RolloutConfig(engine="vllm", max_batch_size=32)
+    tokenizer = letters(64)
+    tokenizer.save_pretrained(folder)
     return build_engine(
-        config, model=model, model_folder=folder, eos_token_ids=[EOS], pad_token_id=EOS
+        RolloutConfig(engine="vllm", max_batch_size=32),
+        model=model,
+        model_folder=folder,
+        eos_token_ids=[EOS],
+        pad_token_id=EOS,
+        tokenizer=tokenizer,
     )
-
-
-def exact_logprobs(model: PreTrainedModel, rollout: Rollout, temperature: float) -> list[float]:
-    with torch.no_grad():
-        logits = model(torch.tensor([rollout.prompt_ids + rollout.completion_ids])).logits[0]
-    scaled = logits[len(rollout.prompt_ids) - 1 : -1].double() / temperature
-    chosen = scaled.log_softmax(-1).gather(1, torch.tensor(rollout.completion_ids)[:, None])
-    return chosen.squeeze(1).tolist()
 
 
 @dataclass(frozen=True)
@@ -113,20 +99,25 @@ def test_both_engines_agree(renewed: Renewed) -> None:
 @pytest.mark.vllm
 @needs_vllm
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"),
-    [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.0, 0.8, 0), (0.7, 0.8, 0), (1.4, 1.0, 5)],
+    "changes",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7},
+        {"temperature": 1.0, "top_p": 0.8},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"temperature": 1.4, "top_k": 5},
+        {"temperature": 1.4, "min_p": 0.1},
+    ],
 )
-def test_logprobs_are_the_trainers(renewed: Renewed, temperature, top_p, top_k) -> None:
+def test_logprobs_are_the_trainers(renewed: Renewed, changes: dict[str, Any]) -> None:
     engine, model = renewed.engine, renewed.model
-    sampling = SamplingConfig(
-        temperature=temperature, top_p=top_p, top_k=top_k, max_completion_tokens=20
-    )
+    sampling = SamplingConfig(max_completion_tokens=20, **changes)
     rollouts = engine.generate(PROMPTS, sampling, num_samples=4, seed=1)
     assert [r.prompt_index for r in rollouts] == [i for i in range(len(PROMPTS)) for _ in range(4)]
     for rollout in rollouts:
         assert rollout.prompt_ids == PROMPTS[rollout.prompt_index]
         assert rollout.rollout_logprobs == pytest.approx(
-            exact_logprobs(model, rollout, temperature), abs=1e-4
+            exact_logprobs(model, rollout, sampling.temperature), abs=1e-4
         )
         ids = rollout.completion_ids
         assert EOS not in ids[:-1]
@@ -145,6 +136,39 @@ def test_temperature_shapes_what_is_drawn(renewed: Renewed) -> None:
     drawn = torch.bincount(torch.tensor([r.completion_ids[0] for r in rollouts]), minlength=64)
     error = (expected * (1 - expected) / 2000).sqrt()
     assert ((drawn / 2000 - expected).abs() <= 5 * error + 1e-3).all()
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_min_p_keeps_the_tokens_that_the_native_engine_keeps(renewed: Renewed) -> None:
+    sampling = SamplingConfig(temperature=1.5, min_p=0.3, max_completion_tokens=1)
+    rollouts = renewed.engine.generate(PROMPTS, sampling, num_samples=400, seed=3)
+    for index, prompt in enumerate(PROMPTS):
+        with torch.no_grad():
+            p = (renewed.model(torch.tensor([prompt])).logits[0, -1] / 1.5).softmax(-1)
+        kept = set((p >= 0.3 * p.max()).nonzero().squeeze(1).tolist())
+        assert {r.completion_ids[0] for r in rollouts if r.prompt_index == index} == kept
+
+
+@pytest.mark.vllm
+@needs_vllm
+@pytest.mark.parametrize("changes", STOPS)
+def test_both_engines_stop_at_the_same_places(renewed: Renewed, changes: dict[str, Any]) -> None:
+    native = NativeEngine(
+        renewed.model,
+        eos_token_ids=[EOS],
+        pad_token_id=EOS,
+        max_batch_size=32,
+        tokenizer=letters(64),
+    )
+    sampling = GREEDY.model_copy(update=changes)
+    found, expected = (
+        engine.generate(PROMPTS, sampling, num_samples=1, seed=0)
+        for engine in (renewed.engine, native)
+    )
+    assert [r.completion_ids for r in found] == [r.completion_ids for r in expected]
+    assert [r.finish_reason for r in found] == [r.finish_reason for r in expected]
+    assert "stop" in {r.finish_reason for r in found}
 
 
 @pytest.mark.vllm
