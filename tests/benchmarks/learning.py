@@ -107,6 +107,8 @@ class Method:
     """Whether the verifier is part of the reward in training; in the evaluation it always is."""
 
 
+# Nothing is promoted here, and some methods leave out rewards that a recipe's gate judges.
+_NO_GATE = "gate={}"
 _VERIFIER = ("reward.process=null", "process_reward_model=null")
 _STEPS = ("reward.process.credit=steps",)
 _MINIMUM = ("reward.process.credit=aggregate", "reward.process.aggregate=min")
@@ -181,12 +183,12 @@ class Plan:
             overrides.append(f"rl.online.num_steps={self.num_steps}")
         if method == "dpo":
             # As many completions as online RL draws, all of them before the first update.
-            config = load_recipe(self.recipe, overrides)
+            config = load_recipe(self.recipe, [*overrides, _NO_GATE])
             asked = config.sample_preferences
             samples = asked.samples_per_prompt if asked is not None else 4
             overrides.append(f"sample_preferences.num_prompts={num_completions(config) // samples}")
             overrides.append(f"sample_preferences.samples_per_prompt={samples}")
-        return load_recipe(self.recipe, [*overrides, *METHODS[method].overrides])
+        return load_recipe(self.recipe, [*overrides, *METHODS[method].overrides, _NO_GATE])
 
 
 class NotFinished(Exception):
