@@ -94,16 +94,16 @@ def read_metrics(path: Path) -> list[MetricsLine]:
     """
     if not path.exists():
         return []
-    return list(parse_lines(path.read_bytes().split(b"\n")[:-1]))
+    return list(parse_lines(path.read_bytes().split(b"\n")[:-1], path))
 
 
-def parse_lines(lines: Iterable[bytes]) -> Iterator[MetricsLine]:
+def parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[MetricsLine]:
     """The lines that can be read; a warning for each that cannot."""
     for number, line in enumerate(lines, start=1):
         try:
             yield parse_line(line)
         except ValueError as error:
-            _log.warning("metrics: line %d is damaged and left out: %s", number, error)
+            _log.warning("%s line %d is damaged and left out: %s", path, number, error)
 
 
 def _to_json(value: float) -> float | str:

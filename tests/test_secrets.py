@@ -78,6 +78,7 @@ class House:
         self.needles = [*self.secrets.values(), password, quote(password, safe="")]
         (folder / "leaky.py").write_text(LEAKY.format(names=tuple(self.secrets)))
         recipe = yaml.safe_load(RECIPE.read_text())
+        recipe["gate"] = {}  # it judges the reward models, which are left out below
         recipe["data"]["evaluation"]["generator"] = "leaky:problems"
         recipe["reward"]["verifier"]["function"] = "leaky:verify"
         recipe["sft"]["num_epochs"] = 1.0
@@ -86,6 +87,7 @@ class House:
                 section.pop(name, None)
         recipe["rl"]["online"]["num_steps"] = 1
         recipe["compute"]["retries"] = 1
+        recipe["compute"]["registry_timeout"] = 5.0
         (folder / "leaky.yaml").write_text(yaml.safe_dump(recipe))
         self.outputs: list[str] = []
         self.server: subprocess.Popen[bytes] | None = None
@@ -158,15 +160,19 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 def test_no_secret_gets_out(house: House) -> None:
     code, output = house.command("run", "leaky.yaml")
-    assert code == 1 and "MLflow at http://***@127.0.0.1" in output, output
+    assert code == 1 and "MLflow at http://127.0.0.1" in output, output
     house.start_server()
-    for leak, expected, message in (
-        ("value", 2, "ValueError: *** *** *** ***"),
-        ("bug", 1, "RuntimeError: *** *** *** ***"),
-        ("disk", 1, "*** *** *** ***"),
-        ("die", 1, "logged *** *** *** ***"),
+    for seed, (leak, expected, message) in enumerate(
+        (
+            ("value", 2, "ValueError: *** *** *** ***"),
+            ("bug", 1, "RuntimeError: *** *** *** ***"),
+            ("disk", 1, "*** *** *** ***"),
+            ("die", 1, "logged *** *** *** ***"),
+        )
     ):
-        code, output = house.command("run", "leaky.yaml", leak=leak)
+        # Other records each time: what is done is reused, and says nothing.
+        other = ("--set", f"data.evaluation.arguments.seed={100 + seed}")
+        code, output = house.command("run", "leaky.yaml", *other, leak=leak)
         assert code == expected, output
         assert message in output
         assert leak == "die" or "***" in house.command("show", "latest")[1]

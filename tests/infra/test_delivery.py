@@ -152,7 +152,7 @@ def test_a_connection_that_is_cut_anywhere_doubles_and_loses_nothing(
     whole.say(range(1, 8))
     whole.deliver()
     calls = list(wire.calls)
-    assert {"create_run", "log_batch", "log_artifact", "set_terminated"} <= set(calls)
+    assert {"create_run", "log_batch", "log_text", "set_terminated"} <= set(calls)
     for number, when in itertools.product(range(len(calls)), ("before", "after")):
         run = Run(home, tmp_path)
         run.say(range(1, 8))

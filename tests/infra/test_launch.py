@@ -17,6 +17,7 @@ from infra.launch import StageFailed, run_stage, terminate_all, write_result
 from infra.store import Store
 from schemas.base import UserError
 from schemas.data import DataSource
+from schemas.fingerprint import fingerprint
 from schemas.requests import PrepareDataRequest, Runtime
 
 FINGERPRINT = "a" * 64
@@ -197,12 +198,12 @@ def run_real(tmp_path: Path, store: Store) -> Callable[[str], launch.StageOutcom
 
     def run_real(generator: str) -> launch.StageOutcome:
         request = PrepareDataRequest(
-            fingerprint=FINGERPRINT,
             runtime=Runtime(store=str(store.root)),
             split="prompts",
             layout="verifiable",
             source=DataSource(generator=f"own_source:{generator}"),
         )
+        request = request.model_copy(update={"fingerprint": fingerprint(request)})
         return run_stage(
             request,
             store=store,
@@ -223,7 +224,7 @@ def test_a_real_stage_that_hangs_is_found_out(
     ) as caught:
         run_real("hanging")
     assert caught.value.retryable
-    log = (store.work_dir(FINGERPRINT) / "stage.log").read_text()
+    (log,) = (path.read_text() for path in store.work_folder.glob("*/stage.log"))
     assert "own_source.py" in log and "in hanging" in log
 
 

@@ -22,7 +22,7 @@ from stages import main
     ("old", "new", "message"),
     [
         ('"count":4', '"count":5', "is not the request"),
-        ('"prepare_data"', '"prepare_date"', "cannot be read"),
+        ('"prepare_data"', '"prepare_date"', "is no request of this version"),
     ],
 )
 def test_a_changed_request_is_refused_and_tried_again(
