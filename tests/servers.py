@@ -42,13 +42,23 @@ def wait_for(what: Callable[[], Any], seconds: float = 120.0, log: Path | None =
 
 
 def fetch(url: str, document: Any = None, timeout: float = 30.0) -> Any:
-    """JSON from a server of this machine, whatever the proxy settings are."""
+    """JSON from a server of this machine, whatever the proxy settings are.
+
+    Prefect answers 503 while its database is locked, and wants to be asked again.
+    """
     request = urllib.request.Request(url, headers={"content-type": "application/json"})
     if document is not None:
         request.data = json.dumps(document).encode()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=timeout) as response:
-        text = response.read()
+    for attempts_left in reversed(range(6)):
+        try:
+            with opener.open(request, timeout=timeout) as response:
+                text = response.read()
+            break
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or attempts_left == 0:
+                raise
+            time.sleep(1.0)
     return json.loads(text) if text.startswith((b"{", b"[")) else text.decode()
 
 
