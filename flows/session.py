@@ -213,16 +213,8 @@ class Session:
         decision = self.artifacts["promote"]
         assert isinstance(report, EvaluationReport)
         assert isinstance(decision, PromotionDecision)
-        self.run.update(
-            status="finished",
-            ended=datetime.now(UTC),
-            evaluation=evaluation_document(report),
-            reward_models=reward_models_document(self.artifacts),
-            decision=decision_document(decision, Archive(self.home, self.archive.model)),
-            outcome=decision.outcome,
-        )
         tags = {
-            "posttrain.outcome": self.run.record.outcome or "",
+            "posttrain.outcome": decision.outcome,
             "posttrain.decision": decision.fingerprint,
             "posttrain.model_version": f"{decision.registered_model}/{decision.version}",
         }
@@ -233,6 +225,16 @@ class Session:
             self.tracking.set_tags(PIPELINE, tags)
             self.tracking.log_metrics(PIPELINE, scores)
             self.tracking.finish(PIPELINE, "FINISHED")
+        # Last: a run that is written down as finished is never begun again, and so has nothing
+        # left to say. One that dies before this says it all again, to the same end.
+        self.run.update(
+            status="finished",
+            ended=datetime.now(UTC),
+            evaluation=evaluation_document(report),
+            reward_models=reward_models_document(self.artifacts),
+            decision=decision_document(decision, Archive(self.home, self.archive.model)),
+            outcome=decision.outcome,
+        )
 
     def fail(self, error: BaseException) -> None:
         """Write down that a run did not go through."""
