@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from flows.archive import Archive
 from flows.explain import left_behind
@@ -18,7 +18,7 @@ from flows.runs import OpenRun, Runs, StageRow, StageStatus
 from infra.code import changed_code
 from infra.environment import Home
 from infra.launch import StageFailed, run_stage, terminate_all
-from infra.outbox import PIPELINE
+from infra.outbox import PIPELINE, RunStatus
 from infra.redaction import redact, redact_error
 from infra.tail import last_lines
 from infra.unavailable import TrackingUnavailable
@@ -46,8 +46,6 @@ _CLOSE_SECONDS = 20.0
 """How long a finished run waits for MLflow to take the rest of what it has to say."""
 _STOP_SECONDS = 5.0
 """The same for a run that failed, or that somebody wants to end."""
-
-EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Session:
@@ -346,7 +344,7 @@ class Session:
     def _tracked(self, node: Node, request: StageRequest) -> Iterator[str]:
         """The nested MLflow run of a stage, by its key; the same one in a retry."""
         key = self.tracking.open_stage(node.name, request.fingerprint, _params(request))
-        status: EndStatus = "KILLED"
+        status: RunStatus = "KILLED"
         try:
             yield key
             status = "FINISHED"

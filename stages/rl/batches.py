@@ -45,11 +45,6 @@ class Batches:
         # One thread for all batches: a process that it starts may end with it.
         self._thread = ThreadPoolExecutor(1, "rollouts")
 
-    @property
-    def position(self) -> int:
-        """Of the data cursor."""
-        return self._stream.position
-
     def take(self, step: int) -> ScoredRollouts:
         """The batch of a step, which is about to train. Steps come in order."""
         ahead, self._ahead = self._ahead, None

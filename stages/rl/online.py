@@ -158,18 +158,24 @@ def train(
     """
     if not prompts:
         raise UserError("rl.online has no prompt to sample from and would run zero steps: add data")
-    parts = _parts(
-        models,
-        algorithm,
-        engine,
-        rewarder,
-        prompts,
-        held_out,
-        config,
-        decode=decode,
+    learner = _learner(models, algorithm, config)
+    stream = PromptStream(prompts, seed)
+    sampler = Sampler(engine, rewarder, stream, config, algorithm.dynamic_sampling_rounds)
+    parts = _Parts(
+        models=models,
+        algorithm=algorithm,
+        config=config,
+        learner=learner,
+        engine=engine,
+        stream=stream,
+        batches=Batches(engine, sampler, stream, models.policy, config, partial(_seed, seed)),
+        probe=HeldOutProbe(engine, rewarder, held_out, config),
+        stability=Stability(config.stability, "rl.online.stability"),
+        budget=TokenBudget(config.micro_batch_tokens, "rl.online"),
+        checkpoints=_checkpoints(run_dir, learner),
+        traces=Traces(run_dir / "traces", config, decode),
         engine_is_exact=engine_is_exact,
         seed=seed,
-        run_dir=run_dir,
     )
     with parts.batches:
         return _run(parts, tracker)
@@ -216,41 +222,6 @@ def _run(parts: _Parts, tracker: Tracker) -> OnlineResult:
         progress.metrics,
         parts.stability.interventions,
         probe.checks,
-    )
-
-
-def _parts(
-    models: Models,
-    algorithm: OnlineAlgorithm,
-    engine: RolloutEngine,
-    rewarder: Rewarder,
-    prompts: Sequence[PromptRecord],
-    held_out: Sequence[PromptRecord],
-    config: OnlineConfig,
-    *,
-    decode: Callable[[Sequence[int]], str],
-    engine_is_exact: bool,
-    seed: int,
-    run_dir: Path,
-) -> _Parts:
-    learner = _learner(models, algorithm, config)
-    stream = PromptStream(prompts, seed)
-    sampler = Sampler(engine, rewarder, stream, config, algorithm.dynamic_sampling_rounds)
-    return _Parts(
-        models=models,
-        algorithm=algorithm,
-        config=config,
-        learner=learner,
-        engine=engine,
-        stream=stream,
-        batches=Batches(engine, sampler, stream, models.policy, config, partial(_seed, seed)),
-        probe=HeldOutProbe(engine, rewarder, held_out, config),
-        stability=Stability(config.stability, "rl.online.stability"),
-        budget=TokenBudget(config.micro_batch_tokens, "rl.online"),
-        checkpoints=_checkpoints(run_dir, learner),
-        traces=Traces(run_dir / "traces", config, decode),
-        engine_is_exact=engine_is_exact,
-        seed=seed,
     )
 
 

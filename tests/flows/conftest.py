@@ -26,7 +26,6 @@ from schemas.artifacts import (
     DatasetArtifact,
     EvaluationReport,
     GateCheck,
-    ModelContract,
     ModelScores,
     PolicyCheckpoint,
     RewardModelCheckpoint,
@@ -41,18 +40,8 @@ from schemas.requests import (
     TrainProcessRewardModelRequest,
     TrainRewardModelRequest,
 )
+from tests.artifacts import CONTRACT
 from tests.servers import PrefectServer
-
-CONTRACT = ModelContract(
-    tokenizer_sha256="t",
-    chat_template_sha256=None,
-    pad_token_id=0,
-    eos_token_ids=(1,),
-    architecture="LlamaForCausalLM",
-    vocab_size=18,
-    max_positions=96,
-    dtype="float32",
-)
 
 
 class FakeStages:

@@ -14,30 +14,18 @@ from infra.environment import Home
 from infra.mlflow_tracking import Tracking
 from infra.store import Store
 from schemas.artifacts import (
-    CreatedBy,
     DatasetArtifact,
     EvaluationReport,
     GateCheck,
-    ModelContract,
     ModelScores,
     PolicyCheckpoint,
 )
 from schemas.evaluation import GateConfig, RegistryConfig
 from schemas.fingerprint import fingerprint
 from schemas.requests import PromoteRequest, Runtime
+from tests.artifacts import CONTRACT, NOBODY
 
 MODEL = "racing"
-NOBODY = CreatedBy(posttrain="0", python="3", packages={}, code={})
-CONTRACT = ModelContract(
-    tokenizer_sha256="t",
-    chat_template_sha256=None,
-    pad_token_id=0,
-    eos_token_ids=(1,),
-    architecture="LlamaForCausalLM",
-    vocab_size=18,
-    max_positions=96,
-    dtype="float32",
-)
 
 
 def published(store: Store, kind: type, name: str, **fields: object) -> object:

@@ -17,7 +17,8 @@ from infra.run_tracking import RunTracking
 from infra.store import Store
 from infra.tracking import FileTracker
 from infra.unavailable import TrackingUnavailable
-from schemas.artifacts import CreatedBy, ModelContract, PolicyCheckpoint
+from schemas.artifacts import PolicyCheckpoint
+from tests.artifacts import CONTRACT, NOBODY
 from tests.servers import MlflowServer, wait_for
 
 pytestmark = pytest.mark.slow
@@ -126,18 +127,9 @@ def test_the_registry_by_server(mlflow_server: MlflowServer, tmp_path: Path) -> 
         uri=store.content_uri(sha256),
         sha256=sha256,
         fingerprint=sha256,
-        created_by=CreatedBy(posttrain="0", python="3", packages={}, code={}),
+        created_by=NOBODY,
         algorithm="dpo",
-        contract=ModelContract(
-            tokenizer_sha256="0",
-            chat_template_sha256=None,
-            pad_token_id=0,
-            eos_token_ids=(1,),
-            architecture="LlamaForCausalLM",
-            vocab_size=32,
-            max_positions=32,
-            dtype="float32",
-        ),
+        contract=CONTRACT,
         num_parameters=1,
         num_steps=1,
     )

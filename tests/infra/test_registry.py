@@ -15,8 +15,9 @@ from infra.manifest import CorruptArtifact
 from infra.mlflow_tracking import Tracking
 from infra.registry import Registry
 from infra.store import Store
-from schemas.artifacts import CreatedBy, ModelContract, PolicyCheckpoint
+from schemas.artifacts import PolicyCheckpoint
 from schemas.base import UserError
+from tests.artifacts import CONTRACT, NOBODY
 
 pytestmark = pytest.mark.slow
 
@@ -27,18 +28,9 @@ def policy(store: Store, folder: Path) -> PolicyCheckpoint:
         uri=store.content_uri(sha256),
         sha256=sha256,
         fingerprint=sha256,
-        created_by=CreatedBy(posttrain="0", python="3", packages={}, code={}),
+        created_by=NOBODY,
         algorithm="grpo",
-        contract=ModelContract(
-            tokenizer_sha256="0",
-            chat_template_sha256=None,
-            pad_token_id=0,
-            eos_token_ids=(1,),
-            architecture="LlamaForCausalLM",
-            vocab_size=32,
-            max_positions=32,
-            dtype="float32",
-        ),
+        contract=CONTRACT,
         num_parameters=1,
         num_steps=1,
     )

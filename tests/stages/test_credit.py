@@ -20,7 +20,6 @@ from schemas.artifacts import (
     CREDIT_SUMMARY_FILE,
     CREDIT_TABLE_FILE,
     TRACES_FILE,
-    ModelContract,
     PolicyCheckpoint,
 )
 from schemas.base import UserError
@@ -32,6 +31,7 @@ from stages.rl import grpo
 from stages.rl.experience import TokenLoss
 from stages.rl.traces import Traces, join_traces
 from stages.rollout.types import Rollout
+from tests.artifacts import CONTRACT
 from tests.stages.fakes import MemoryTracker
 from tests.stages.test_online import ALGORITHMS, rl_config, train
 from tests.stages.test_rl_pages import OPTIMIZER, experience, ppo_config
@@ -249,16 +249,7 @@ def policy_with(store: Store, traces: Path | None) -> PolicyCheckpoint:
         fingerprint="policy",
         created_by=created_by(),
         algorithm="grpo",
-        contract=ModelContract(
-            tokenizer_sha256="t",
-            chat_template_sha256=None,
-            pad_token_id=0,
-            eos_token_ids=(1,),
-            architecture="LlamaForCausalLM",
-            vocab_size=18,
-            max_positions=96,
-            dtype="float32",
-        ),
+        contract=CONTRACT,
         num_parameters=1,
         num_steps=1,
     )

@@ -13,30 +13,17 @@ import pytest
 
 from infra.store import Store
 from schemas.artifacts import (
-    CreatedBy,
     DatasetArtifact,
     EvaluationReport,
-    ModelContract,
     ModelScores,
     PolicyCheckpoint,
 )
 from schemas.evaluation import GateConfig, RegistryConfig
 from schemas.requests import PromoteRequest, Runtime
+from tests.artifacts import CONTRACT, NOBODY
 
 Table = Sequence[Sequence[int]]
 """Right (1) or wrong (0) of every sample of every record."""
-
-NOBODY = CreatedBy(posttrain="0", python="3", packages={}, code={})
-CONTRACT = ModelContract(
-    tokenizer_sha256="t",
-    chat_template_sha256=None,
-    pad_token_id=0,
-    eos_token_ids=(1,),
-    architecture="LlamaForCausalLM",
-    vocab_size=18,
-    max_positions=96,
-    dtype="float32",
-)
 
 
 class Evaluation:
