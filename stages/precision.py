@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from schemas.training import Precision
+from stages.bfloat16_layers import BFloat16Weights, use_bfloat16_layers
 
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_posttrain_compute_dtype"
+_COPIES = "_posttrain_copies"
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -33,6 +35,7 @@ def use_precision(model: _Model, precision: Precision) -> _Model:
     if not has_fast_bfloat16(device):
         logger.warning("%s has no bfloat16 units: bfloat16 will be slower than float32", device)
     setattr(backbone, _ATTRIBUTE, torch.bfloat16)
+    setattr(backbone, _COPIES, use_bfloat16_layers(backbone))
     return model
 
 
@@ -47,7 +50,21 @@ def computing(model: nn.Module) -> Iterator[None]:
     if dtype == first.dtype:
         yield
         return
-    with torch.autocast(first.device.type, dtype):
+    with weights_held(model), torch.autocast(first.device.type, dtype):
+        yield
+
+
+@contextmanager
+def weights_held(model: nn.Module) -> Iterator[None]:
+    """Keep the number format's copies of weights over several passes, backward passes too.
+
+    While it lasts no weight may change.
+    """
+    copies: BFloat16Weights | None = getattr(model.base_model, _COPIES, None)
+    if copies is None:
+        yield
+        return
+    with copies.held():
         yield
 
 

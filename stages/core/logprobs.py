@@ -5,7 +5,7 @@ vocabulary. `logits[:, t]` must already be the distribution of `targets[:, t]`: 
 is the caller's. Targets at masked positions must still be ids in [0, _V). Natural logarithm, nats.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.core.masks import upcast
+
+# Rows of log-probabilities that stay in cache between the passes over them: 4 MiB in float32.
+_CACHED_ELEMENTS = 2**20
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -91,12 +94,16 @@ class _Head:
         self.chunk_size = chunk_size
 
     def chunks(self, num_tokens: int) -> list[slice]:
-        """Which tokens go together."""
-        return [slice(i, i + self.chunk_size) for i in range(0, num_tokens, self.chunk_size)]
+        """Which tokens go through the product together."""
+        return _slices(num_tokens, self.chunk_size)
 
-    def log_probs(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Log-softmax of a chunk's tempered logits, [chunk, _V]."""
-        return _log_softmax(functional.linear(hidden, weight, bias), self.temperature)
+    def log_probs(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Log-softmax of tempered logits [chunk, _V], some rows at a time.
+
+        As many as a processor's cache holds, so that what is done to them next finds them there.
+        """
+        for rows in _slices(len(logits), max(_CACHED_ELEMENTS // logits.shape[1], 1)):
+            yield rows, _log_softmax(logits[rows], self.temperature)
 
 
 class _Gradients:
@@ -105,32 +112,37 @@ class _Gradients:
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]
     ) -> None:
-        wide = upcast(weight.new_empty(0)).dtype
+        self._wide = upcast(weight.new_empty(0)).dtype
+        self._needs_weight = needed[1]
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
-        self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if needed[1] and not len(hidden):
+            self.weight = torch.zeros_like(weight, dtype=self._wide)
+        if bias is not None and needed[2]:
+            self.bias = torch.zeros_like(bias, dtype=self._wide)
 
-    def add(
-        self,
-        chunk: slice,
-        probs: Tensor,
-        targets: Tensor,
-        upstream: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        temperature: float,
-    ) -> None:
-        """d logprob / d logit = (onehot - softmax) / temperature. Overwrites probs."""
+    def to_logits(
+        self, probs: Tensor, targets: Tensor, upstream: Tensor, temperature: float
+    ) -> Tensor:
+        """d logprob / d logit = (onehot - softmax) / temperature, times upstream.
+
+        Overwrites probs [rows, _V].
+        """
         scaled = upstream / temperature
         d_logits = probs.mul_(-scaled[:, None])
         d_logits.scatter_add_(1, targets[:, None], scaled[:, None])
         if self.bias is not None:
             self.bias += d_logits.sum(0)
-        d_logits = d_logits.to(hidden.dtype)
+        return d_logits
+
+    def add(self, chunk: slice, d_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Through the product, for a chunk's d_logits [chunk, _V]."""
         if self.hidden is not None:
             self.hidden[chunk] = d_logits @ weight
-        if self.weight is not None:
-            self.weight += d_logits.T @ hidden
+        if self._needs_weight:
+            part = d_logits.T @ hidden
+            self.weight = part.to(self._wide) if self.weight is None else self.weight.add_(part)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -143,9 +155,10 @@ class _TokenLogprobs(torch.autograd.Function):
         product_weight = weight.to(hidden.dtype)
         logprobs, entropy = [], []
         for chunk in head.chunks(len(hidden)):
-            log_probs = head.log_probs(hidden[chunk], product_weight, bias)
-            logprobs.append(_gather(log_probs, targets[chunk]))
-            entropy.append(_entropy_value(log_probs))
+            logits = functional.linear(hidden[chunk], product_weight, bias)
+            for rows, log_probs in head.log_probs(logits):
+                logprobs.append(_gather(log_probs, targets[chunk][rows]))
+                entropy.append(_entropy_value(log_probs))
         ctx.mark_non_differentiable(joined := _joined(entropy, hidden))
         return _joined(logprobs, hidden), joined
 
@@ -156,15 +169,12 @@ class _TokenLogprobs(torch.autograd.Function):
         product_weight = weight.to(hidden.dtype)
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         for chunk in head.chunks(len(hidden)):
-            gradients.add(
-                chunk,
-                head.log_probs(hidden[chunk], product_weight, bias).exp_(),
-                targets[chunk],
-                upstream[chunk],
-                hidden[chunk],
-                product_weight,
-                head.temperature,
-            )
+            logits = functional.linear(hidden[chunk], product_weight, bias)
+            for rows, log_probs in head.log_probs(logits):
+                logits[rows] = gradients.to_logits(
+                    log_probs.exp_(), targets[chunk][rows], upstream[chunk][rows], head.temperature
+                )
+            gradients.add(chunk, logits, hidden[chunk], product_weight)
         return gradients.hidden, gradients.weight, gradients.bias, None, None
 
 
@@ -183,20 +193,16 @@ class _WeightedSum(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         logprobs, entropy = [], []
         for chunk in head.chunks(len(hidden)):
-            log_probs = head.log_probs(hidden[chunk], product_weight, bias)
-            logprobs.append(_gather(log_probs, targets[chunk]))
-            probs = log_probs.exp()
-            # Minus p log p, in place; NaN there is 0 * -inf and nothing else.
-            entropy.append(-log_probs.mul_(probs).nansum(dim=-1))
-            gradients.add(
-                chunk,
-                probs,
-                targets[chunk],
-                token_weights[chunk],
-                hidden[chunk],
-                product_weight,
-                head.temperature,
-            )
+            logits = functional.linear(hidden[chunk], product_weight, bias)
+            for rows, log_probs in head.log_probs(logits):
+                logprobs.append(_gather(log_probs, targets[chunk][rows]))
+                probs = log_probs.exp()
+                # Minus p log p, in place; NaN there is 0 * -inf and nothing else.
+                entropy.append(-log_probs.mul_(probs).nansum(dim=-1))
+                logits[rows] = gradients.to_logits(
+                    probs, targets[chunk][rows], token_weights[chunk][rows], head.temperature
+                )
+            gradients.add(chunk, logits, hidden[chunk], product_weight)
         ctx.gradients = gradients
         found = _joined(logprobs, hidden), _joined(entropy, hidden)
         ctx.mark_non_differentiable(*found)
@@ -204,12 +210,22 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: _Gradients = ctx.gradients
-        scaled = [
-            None if gradient is None else gradient * upstream.to(gradient.dtype)
-            for gradient in (gradients.hidden, gradients.weight, gradients.bias)
-        ]
-        return *scaled, None, None, None
+        gradients: _Gradients | None = ctx.gradients
+        if gradients is None:
+            raise RuntimeError("weighted_logprob_sum has let go of its gradient: backward was run")
+        # They are as large as the head: autograd takes them over, and nobody holds a second copy.
+        ctx.gradients = None
+        found = [gradients.hidden, gradients.weight, gradients.bias]
+        if upstream.item() != 1.0:
+            found = [
+                None if gradient is None else gradient.mul_(upstream.to(gradient.dtype))
+                for gradient in found
+            ]
+        return *found, None, None, None
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _joined(parts: Sequence[Tensor], hidden: Tensor) -> Tensor:

@@ -1,0 +1,318 @@
+"""Parts of a decoder layer in bfloat16, with fewer copies than autocast makes and keeps.
+
+Autocast turns every weight into bfloat16 anew for each micro-batch, every normalised state once for
+each product that reads it, and keeps what each of a layer's many small operations has made until
+the backward pass. The functions here do the same arithmetic, with the sums of a norm in float32,
+and keep the inputs of a part alone; what is cheap is computed again.
+
+Only modules that are seen to compute the same are replaced; the others stay with autocast.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType, ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.activations import SiLUActivation
+
+_WEIGHTS = "_posttrain_bfloat16_weights"
+_ROTATION = "apply_rotary_pos_emb"
+
+
+class BFloat16Weights:
+    """Copies of weights, made once in a region in which no weight changes."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._copies: dict[int, Tensor] = {}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep copies until the outermost region ends."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._copies.clear()
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The weight in bfloat16, detached."""
+        found = self._copies.get(id(weight))
+        if found is None:
+            found = weight.detach().to(torch.bfloat16)
+            if self._depth:
+                self._copies[id(weight)] = found
+        return found
+
+
+def use_bfloat16_layers(backbone: nn.Module) -> BFloat16Weights:
+    """Let norms, gated MLPs and linear maps of the decoder layers use the functions below.
+
+    They do so under autocast to bfloat16, and are as they were elsewhere. What is done twice to a
+    backbone is done once.
+    """
+    weights: BFloat16Weights | None = getattr(backbone, _WEIGHTS, None)
+    if weights is not None:
+        return weights
+    weights = BFloat16Weights()
+    setattr(backbone, _WEIGHTS, weights)
+    layers = _decoder_layers(backbone)
+    for file in {sys.modules[type(module).__module__] for module in layers.modules()}:
+        _use_rotation(file)
+    for module in layers.modules():
+        forward = _replacement(module)
+        if forward is not None:
+            setattr(module, _WEIGHTS, weights)
+            module.forward = MethodType(forward, module)
+    return weights
+
+
+def _decoder_layers(backbone: nn.Module) -> nn.Module:
+    """The longest list of modules. What lies outside, such as the last norm, feeds a head that may
+    want float32."""
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())
+
+
+def _replacement(module: nn.Module) -> Any:
+    if type(module) is nn.Linear:
+        return _linear_forward
+    if _is_rms_norm(module):
+        return _rms_norm_forward
+    return _gated_mlp_forward if _is_gated_mlp(module) else None
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    epsilon = getattr(module, "variance_epsilon", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(epsilon, float):
+        return False
+    if len(list(module.parameters())) > 1:
+        return False
+    probe = _probe(weight, len(weight))
+    # Some families scale by 1 + weight, or round in between.
+    return _agree(module(probe), _RMSNorm.apply(probe, weight, epsilon, probe.dtype))  # type: ignore[no-untyped-call]
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    maps = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(type(one) is nn.Linear and one.bias is None for one in maps):
+        return False
+    if not isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
+        return False
+    gate, up, down = (cast(nn.Linear, one).weight for one in maps)
+    probe = _probe(gate, gate.shape[1])
+    own = (functional.silu(probe @ gate.T) * (probe @ up.T)) @ down.T
+    return _agree(module(probe), own)
+
+
+def _use_rotation(file: ModuleType) -> None:
+    """Put `_Rotation` in front of a model file's function, if the two rotate alike."""
+    theirs: Any = getattr(file, _ROTATION, None)
+    if theirs is None or hasattr(theirs, "plain"):
+        return
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 3, 8, generator=generator) for heads in (4, 2))
+    angles = torch.randn(1, 3, 4, generator=generator).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    try:
+        found = theirs(q, k, cos, sin)
+    except (TypeError, ValueError, RuntimeError):
+        return
+    ours = [_rotated(one, cos, sin, one.dtype) for one in (q, k)]
+    if all(_agree(a, b) for a, b in zip(found, ours, strict=True)):
+        setattr(file, _ROTATION, _rotation(theirs))
+
+
+def _rotation(plain: Callable[..., tuple[Tensor, Tensor]]) -> Any:
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> Any:
+        if rest or more or not _is_on(q) or q.dtype != torch.bfloat16:
+            return plain(q, k, cos, sin, *rest, **more)
+        return tuple(_Rotation.apply(one, cos, sin) for one in (q, k))  # type: ignore[no-untyped-call]
+
+    rotate.plain = plain  # type: ignore[attr-defined]
+    return rotate
+
+
+def _probe(weight: Tensor, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, width, generator=generator).to(weight.device, weight.dtype)
+
+
+def _agree(theirs: Any, ours: Tensor) -> bool:
+    return isinstance(theirs, Tensor) and torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def _is_on(states: Tensor) -> bool:
+    device = states.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+
+
+def _linear_forward(self: nn.Linear, states: Tensor) -> Tensor:
+    if not _is_on(states):
+        return functional.linear(states, self.weight, self.bias)
+    weights: BFloat16Weights = getattr(self, _WEIGHTS)
+    found: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+        states.to(torch.bfloat16), self.weight, self.bias, weights.of(self.weight)
+    )
+    return found
+
+
+def _rms_norm_forward(self: Any, states: Tensor) -> Tensor:
+    if not _is_on(states):
+        plain: Tensor = type(self).forward(self, states)
+        return plain
+    found: Tensor = _RMSNorm.apply(  # type: ignore[no-untyped-call]
+        states, self.weight, self.variance_epsilon, torch.bfloat16
+    )
+    return found
+
+
+def _gated_mlp_forward(self: Any, states: Tensor) -> Tensor:
+    if not _is_on(states):
+        plain: Tensor = type(self).forward(self, states)
+        return plain
+    weights: BFloat16Weights = getattr(self, _WEIGHTS)
+    maps = [self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight]
+    found: Tensor = _GatedMLP.apply(  # type: ignore[no-untyped-call]
+        states.to(torch.bfloat16), *maps, *map(weights.of, maps)
+    )
+    return found
+
+
+class _Linear(torch.autograd.Function):
+    """states [..., in] times weight [out, in], transposed, by a copy of the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, copy: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(states, copy)
+        with torch.autocast(states.device.type, enabled=False):
+            return functional.linear(states, copy, None if bias is None else bias.to(copy.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        states, copy = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        return (
+            grad @ copy if needed[0] else None,
+            _weight_gradient(grad, states) if needed[1] else None,
+            _rows(grad).sum(0, dtype=torch.float32) if needed[2] else None,
+            None,
+        )
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean x^2 + epsilon) * weight (Zhang and Sennrich 2019, eq. 4), summed in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype
+    ) -> Tensor:
+        scale = _inverse_norm(states, epsilon)
+        ctx.save_for_backward(states, weight, scale)
+        return (states * scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, scale = ctx.saved_tensors
+        normed = states * scale
+        d_weight = _rows(normed * grad).sum(0) if ctx.needs_input_grad[1] else None
+        d_normed = grad * weight
+        along = (d_normed * normed).mean(-1, keepdim=True)
+        d_states = d_normed.sub_(normed.mul_(along)).mul_(scale)
+        return d_states.to(states.dtype), d_weight, None, None
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotary position embedding (Su et al. 2021, eq. 34) of [1, heads, _T, dim], in float32.
+
+    cos and sin are [1, _T, dim], their second half the same as the first. The result lies in memory
+    as [1, _T, heads, dim], as the projection's output does and packed attention wants it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(states, cos, sin, states.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin, grad.dtype), None, None
+
+
+class _GatedMLP(torch.autograd.Function):
+    """(silu(x gate') * x up') down' (Shazeer 2020, eq. 6); keeps x and what silu and the product
+    take, and computes their results again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        *copies: Tensor,
+    ) -> Tensor:
+        gate_copy, up_copy, down_copy = copies
+        with torch.autocast(states.device.type, enabled=False):
+            gated = functional.linear(states, gate_copy)
+            opened = functional.linear(states, up_copy)
+            ctx.save_for_backward(states, gated, opened, *copies)
+            return functional.linear(functional.silu(gated).mul_(opened), down_copy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        states, gated, opened, gate, up, down = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        active = functional.silu(gated)
+        d_product = grad @ down
+        d_down = _weight_gradient(grad, active * opened) if needed[3] else None
+        d_opened = active.mul_(d_product)
+        d_gated = torch.ops.aten.silu_backward(d_product.mul_(opened), gated)
+        d_states = None
+        if needed[0]:
+            d_states = torch.addmm(_rows(d_gated @ gate), _rows(d_opened), up).view_as(states)
+        return (
+            d_states,
+            _weight_gradient(d_gated, states) if needed[1] else None,
+            _weight_gradient(d_opened, states) if needed[2] else None,
+            d_down,
+            None,
+            None,
+            None,
+        )
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = states.transpose(1, 2)
+    half = rows.shape[-1] // 2
+    cos, sin = cos[..., None, :half], sin[..., None, :half]
+    left, right = rows[..., :half], rows[..., half:]
+    found = torch.empty(rows.shape, dtype=dtype, device=states.device)
+    found[..., :half] = (left * cos).sub_(right * sin)
+    found[..., half:] = (right * cos).add_(left * sin)
+    return found.transpose(1, 2)
+
+
+def _inverse_norm(states: Tensor, epsilon: float) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm.square_().div_(states.shape[-1]).add_(epsilon).rsqrt_()
+
+
+def _rows(states: Tensor) -> Tensor:
+    return states.reshape(-1, states.shape[-1])
+
+
+def _weight_gradient(grad: Tensor, states: Tensor) -> Tensor:
+    return (_rows(grad).T @ _rows(states)).float()

@@ -1,0 +1,179 @@
+"""Functions with hand-written gradients against autograd, and what is replaced by them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama import modeling_llama
+
+from stages import bfloat16_layers
+from stages.bfloat16_layers import _GatedMLP, _Linear, _RMSNorm, _Rotation, use_bfloat16_layers
+from stages.packing import pack
+from stages.precision import computing, use_precision, weights_held
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    leaves = [one.clone().requires_grad_() for one in inputs]
+    output = function(*leaves)
+    output.backward(drawn(*output.shape))
+    return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-5)
+
+
+def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return (functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+ANGLES = drawn(1, 5, 4).repeat(1, 1, 2)
+
+
+def rotation(x: Tensor) -> Tensor:
+    """As multiplication of complex numbers, a half being real parts and a half imaginary ones."""
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * ANGLES[..., :4])
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]] = {
+    "norm": (
+        lambda x, w: _RMSNorm.apply(x, w, 1e-5, x.dtype),
+        rms_norm,
+        [drawn(2, 5, 6), drawn(6)],
+    ),
+    "linear": (
+        lambda x, w, b: _Linear.apply(x, w, b, w.detach()),
+        functional.linear,
+        [drawn(2, 5, 6), drawn(3, 6), drawn(3)],
+    ),
+    "gated MLP": (
+        lambda x, *maps: _GatedMLP.apply(x, *maps, *(m.detach() for m in maps)),
+        gated_mlp,
+        [drawn(2, 5, 6), drawn(7, 6), drawn(7, 6), drawn(6, 7)],
+    ),
+    "rotation": (
+        lambda x: _Rotation.apply(x, ANGLES.cos(), ANGLES.sin()),
+        rotation,
+        [drawn(1, 3, 5, 8)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_autograd(name: str) -> None:
+    ours, plain, inputs = CASES[name]
+    for found, expected in zip(gradients(ours, *inputs), gradients(plain, *inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
+    )
+
+
+IDS = torch.arange(12)[None] % 32
+
+
+def test_nothing_changes_outside_of_autocast() -> None:
+    plain, replaced = model(), model()
+    use_bfloat16_layers(replaced.base_model)
+    assert torch.equal(plain(IDS).logits, replaced(IDS).logits)
+
+
+def test_every_part_of_a_llama_is_replaced() -> None:
+    replaced = use_precision(model(), "bfloat16")
+    layers = replaced.base_model.layers
+    with_own = [name for name, one in layers.named_modules() if "forward" in vars(one)]
+    assert len(with_own) == 2 * (2 + 4 + 1 + 3)  # norms, q k v o, the MLP and its three maps
+    assert hasattr(modeling_llama.apply_rotary_pos_emb, "plain")
+
+
+def test_under_autocast_it_is_what_autocast_gives_but_for_rounding() -> None:
+    plain, replaced = model(), use_precision(model(), "bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain.base_model(IDS).last_hidden_state
+        found = replaced.base_model(IDS).last_hidden_state
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    assert not torch.equal(found, plain.base_model(IDS).last_hidden_state)
+
+
+def test_what_computes_otherwise_is_left_alone() -> None:
+    class Gelu(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(4, 8, bias=False), nn.Linear(4, 8, bias=False)
+            self.down_proj = nn.Linear(8, 4, bias=False)
+            self.act_fn = nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    class OnePlus(GemmaRMSNorm):
+        variance_epsilon = 1e-6
+
+    backbone = nn.Module()
+    backbone.layers = nn.ModuleList([Gelu(), OnePlus(4), nn.LayerNorm(4)])
+    use_bfloat16_layers(backbone)
+    assert all("forward" not in vars(one) for one in backbone.layers)
+    assert "forward" in vars(backbone.layers[0].gate_proj)
+
+
+def test_a_rotation_of_another_kind_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(one * cos.unsqueeze(1) for one in (q, k))  # type: ignore[return-value]
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", interleaved)
+    bfloat16_layers._use_rotation(modeling_llama)
+    assert modeling_llama.apply_rotary_pos_emb is interleaved
+
+
+def test_copies_of_weights_live_as_long_as_the_region_and_no_longer() -> None:
+    replaced = use_precision(model(), "bfloat16")
+    batch = pack([[]], [[1, 2, 3]], device=torch.device("cpu"))
+
+    def states() -> Tensor:
+        with computing(replaced), torch.no_grad():
+            found: Tensor = replaced.base_model(batch.input_ids).last_hidden_state
+        return found
+
+    first = states()
+    weight = replaced.base_model.layers[0].mlp.up_proj.weight
+    with torch.no_grad(), weights_held(replaced):
+        states()
+        weight.zero_()
+        assert torch.equal(states(), first)  # why no weight may change in a region
+    assert not torch.equal(states(), first)
+
+
+def test_a_deep_copy_has_weights_of_its_own() -> None:
+    first = use_precision(model(), "bfloat16")
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.zero_()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert first.base_model(IDS).last_hidden_state.any()
+        assert not second.base_model(IDS).last_hidden_state.any()
