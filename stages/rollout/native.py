@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.rl import SamplingConfig
@@ -44,7 +45,7 @@ class NativeEngine:
         one `update_weights` and the next, so that the model may be trained meanwhile.
         """
         self._source = model
-        self._model = copy.deepcopy(model).requires_grad_(False) if own_copy else model
+        self._model = _copied(model) if own_copy else model
         self._eos_token_ids = sorted(eos_token_ids)
         self._tokenizer = tokenizer
         self._pad_token_id = pad_token_id
@@ -69,7 +70,7 @@ class NativeEngine:
         found: dict[Row, Rollout] = {}
         model = self._model
         with (
-            _evaluating(model),
+            _sampling(model),
             decode_attention(model),
             computing(model),
             torch.inference_mode(),
@@ -85,7 +86,8 @@ class NativeEngine:
         if self._model is not policy:
             with torch.no_grad():
                 for own, new in zip(self._model.parameters(), policy.parameters(), strict=True):
-                    own.copy_(new)
+                    if new.requires_grad:
+                        own.copy_(new)
         self._version = version
 
     def report(self) -> dict[str, float]:
@@ -157,12 +159,28 @@ class NativeEngine:
         return StopStrings(self._tokenizer, sampling.stop, prompts)
 
 
+def _copied(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that shares the memory of frozen weights: below adapters, they never change."""
+    shared = {id(p): nn.Parameter(p.detach()) for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared)
+
+
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout off while sampling; the module is the trainer's, so its mode comes back."""
+def _sampling(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout off while sampling; the module is the trainer's, so its mode comes back.
+
+    Autocast keeps what it has made of a weight only if that asks for a gradient. No graph is
+    recorded here, so frozen weights may ask for one, and are turned into bfloat16 once in place of
+    once a token.
+    """
     training = model.training
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     model.train(False)
+    for parameter in frozen:
+        parameter.requires_grad_(True)
     try:
         yield
     finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         model.train(training)
