@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from schemas.base import UserError
 from schemas.training import LoRAConfig
@@ -147,6 +148,6 @@ def _remedy(model: PreTrainedModel) -> str:
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
     return f"use all-linear, or some of {', '.join(sorted(linear))}"

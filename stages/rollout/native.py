@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.rl import SamplingConfig
 from stages import heartbeat
+from stages.adapters import has_adapters
 from stages.precision import computing
 from stages.rollout.attention import decode_attention
 from stages.rollout.checks import check_lengths
@@ -161,8 +162,12 @@ class NativeEngine:
 
 def _copied(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that shares the memory of frozen weights: below adapters, they never change."""
-    shared = {id(p): nn.Parameter(p.detach()) for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, shared)
+    shared = {
+        id(frozen): nn.Parameter(frozen.detach(), requires_grad=False)
+        for frozen in model.parameters()
+        if not frozen.requires_grad
+    }
+    return copy.deepcopy(model, shared).requires_grad_(False)
 
 
 @contextmanager
@@ -170,11 +175,12 @@ def _sampling(model: PreTrainedModel) -> Iterator[None]:
     """Dropout off while sampling; the module is the trainer's, so its mode comes back.
 
     Autocast keeps what it has made of a weight only if that asks for a gradient. No graph is
-    recorded here, so frozen weights may ask for one, and are turned into bfloat16 once in place of
-    once a token.
+    recorded here, so weights below adapters may ask for one, and are turned into bfloat16 once in
+    place of once a token.
     """
     training = model.training
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    adapted = has_adapters(model)
+    frozen = [p for p in model.parameters() if adapted and not p.requires_grad]
     model.train(False)
     for parameter in frozen:
         parameter.requires_grad_(True)
