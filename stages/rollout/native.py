@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.rl import SamplingConfig
 from stages import heartbeat
-from stages.adapters import has_adapters
 from stages.precision import computing
 from stages.rollout.attention import decode_attention
 from stages.rollout.checks import check_lengths
@@ -71,7 +70,7 @@ class NativeEngine:
         found: dict[Row, Rollout] = {}
         model = self._model
         with (
-            _sampling(model),
+            _evaluating(model),
             decode_attention(model),
             computing(model),
             torch.inference_mode(),
@@ -171,22 +170,11 @@ def _copied(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def _sampling(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout off while sampling; the module is the trainer's, so its mode comes back.
-
-    Autocast keeps what it has made of a weight only if that asks for a gradient. No graph is
-    recorded here, so weights below adapters may ask for one, and are turned into bfloat16 once in
-    place of once a token.
-    """
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout off while sampling; the module is the trainer's, so its mode comes back."""
     training = model.training
-    adapted = has_adapters(model)
-    frozen = [p for p in model.parameters() if adapted and not p.requires_grad]
     model.train(False)
-    for parameter in frozen:
-        parameter.requires_grad_(True)
     try:
         yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
         model.train(training)

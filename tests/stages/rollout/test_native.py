@@ -22,6 +22,8 @@ from transformers import (
 
 from schemas.base import UserError
 from schemas.rl import SamplingConfig
+from schemas.training import LoRAConfig
+from stages.adapters import add_adapters
 from stages.rollout.native import NativeEngine
 from stages.rollout.stop_strings import StopStrings
 from tests.stages.rollout.tiny import letters
@@ -378,6 +380,50 @@ def test_a_copy_stays_as_it_is_until_it_is_renewed() -> None:
     assert [r.completion_ids for r in after] != [r.completion_ids for r in before]
     assert {r.policy_version for r in after} == {1}
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def adapted(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    add_adapters(model, LoRAConfig(rank=2), section="rl.online.lora", seed=0)
+    stir(model)
+    return model
+
+
+def stir(model: LlamaForCausalLM) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("own_copy", [False, True])
+def test_adapters_have_their_say_and_stay_as_they_are(own_copy: bool) -> None:
+    model = adapted(llama())
+    sampling = SamplingConfig(max_completion_tokens=10, temperature=0.7)
+    sampler = NativeEngine(
+        model, eos_token_ids=[EOS], pad_token_id=EOS, max_batch_size=64, own_copy=own_copy
+    )
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    for version in (0, 1):
+        sampler.update_weights(model, version)
+        for rollout in sampler.generate(PROMPTS, sampling, num_samples=3, seed=version):
+            logits = logits_of(model, rollout.prompt_ids + rollout.completion_ids) / 0.7
+            expected = logits[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
+            chosen = expected.gather(1, torch.tensor(rollout.completion_ids)[:, None]).squeeze(1)
+            assert rollout.rollout_logprobs == pytest.approx(chosen.tolist(), abs=1e-4)
+        stir(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    assert any(trainable.values()) and not all(trainable.values())
+
+
+def test_a_copy_below_adapters_is_one_of_the_adapters_alone() -> None:
+    model = adapted(llama())
+    sampler = NativeEngine(
+        model, eos_token_ids=[EOS], pad_token_id=EOS, max_batch_size=64, own_copy=True
+    )
+    own = dict(sampler._model.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert own[name] is not parameter
+        assert (own[name].data_ptr() == parameter.data_ptr()) == ("lora_" not in name), name
 
 
 def test_training_mode_comes_back_and_dropout_is_off() -> None:
