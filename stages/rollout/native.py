@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.rl import SamplingConfig
 from stages import heartbeat
-from stages.precision import computing
+from stages.precision import compute_dtype, computing
 from stages.rollout.attention import decode_attention
 from stages.rollout.checks import check_lengths
 from stages.rollout.decoding import Completions, Context
@@ -73,7 +73,7 @@ class NativeEngine:
             _evaluating(model),
             decode_attention(model),
             computing(model),
-            torch.inference_mode(),
+            _without_gradient(model),
         ):
             for start in range(0, len(rows), self._max_batch_size):
                 batch = rows[start : start + self._max_batch_size]
@@ -167,6 +167,28 @@ def _copied(model: PreTrainedModel) -> PreTrainedModel:
         if not frozen.requires_grad
     }
     return copy.deepcopy(model, shared).requires_grad_(False)
+
+
+@contextmanager
+def _without_gradient(model: PreTrainedModel) -> Iterator[None]:
+    """No graph is recorded, and each weight is turned into bfloat16 once, not once a token.
+
+    Autocast keeps what it has made of a weight only outside of inference mode, and only where the
+    weight asks for a gradient: frozen ones do meanwhile.
+    """
+    if compute_dtype(model) == next(model.parameters()).dtype:
+        with torch.inference_mode():
+            yield
+        return
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @contextmanager
