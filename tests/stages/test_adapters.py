@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from schemas.base import UserError
+from schemas.rl import DPOConfig
 from schemas.training import LoRAConfig, OptimizerConfig
 from stages.adapters import (
     adapters_disabled,
@@ -32,8 +33,10 @@ from stages.forward import Sequences, all_completion_logprobs, completion_logpro
 from stages.models import load_policy
 from stages.optimization import Optimizer
 from stages.precision import use_precision
+from stages.rl.dpo import reference_logprobs
 from stages.rollout.policy_file import PolicyFile
 from stages.rollout.vllm_engine import VLLMEngine
+from stages.train_reward_model import Pair
 
 SEQUENCES = Sequences([[3, 4, 5], [3, 4, 5], [6, 7]], [[8, 9, 10], [4], [5, 6, 7, 8, 9]])
 CPU = torch.device("cpu")
@@ -111,6 +114,15 @@ def test_without_its_adapters_a_policy_is_its_reference_to_the_bit(
     assert torch.equal(logprobs(policy), moved)
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in policy.named_parameters() if "lora_" in name}
+
+
+def test_dpo_is_measured_against_the_model_without_adapters() -> None:
+    pairs = [Pair([3, 4], [5, 6, 7], [8]), Pair([9], [4, 5], [6, 6])]
+    config = DPOConfig(optimizer=OptimizerConfig(learning_rate=1.0), max_length=16)
+    found = reference_logprobs(adapted(llama()).train(), pairs, config)
+    expected = reference_logprobs(llama().requires_grad_(False), pairs, config)
+    assert torch.equal(found.chosen, expected.chosen)
+    assert torch.equal(found.rejected, expected.rejected)
 
 
 def test_adapters_come_back_after_an_error() -> None:

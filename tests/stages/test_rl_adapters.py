@@ -49,6 +49,7 @@ ONLINE: dict[str, Any] = {
 PPO = {"optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER}
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {"algorithm": "grpo", "grpo": {"optimizer": OPTIMIZER, "kl_coef": 0.1}},
+    "grpo_free": {"algorithm": "grpo", "grpo": {"optimizer": OPTIMIZER, "kl_coef": 0.0}},
     "rloo": {"algorithm": "rloo", "rloo": {"optimizer": OPTIMIZER}},
     "ppo": {"algorithm": "ppo", "ppo": PPO},
     "ppo_shared": {"algorithm": "ppo", "ppo": {**PPO, "critic": "shared"}},
@@ -64,7 +65,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         },
     },
 }
-MODELS = {"grpo": 1, "rloo": 1, "ppo": 2, "ppo_shared": 1, "dpo": 1}
+MODELS = {"grpo": 1, "grpo_free": 1, "rloo": 1, "ppo": 2, "ppo_shared": 1, "dpo": 1}
 """Models in memory with adapters: the policy, and a separate critic."""
 EVERY_ALGORITHM = pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 REWARD = RewardConfig(verifier=VerifierConfig(function="tests.stages.test_online:count_fours"))
@@ -175,7 +176,7 @@ def test_the_reward_rises(house: House, tmp_path: Path, algorithm: str) -> None:
     assert sum(rewards[-4:]) > 1.5 * sum(rewards[:4])
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo", "ppo_shared"])
+@pytest.mark.parametrize("algorithm", ["grpo", "grpo_free", "ppo", "ppo_shared"])
 def test_the_reference_is_the_sft_policy_to_the_end(
     house: House, tmp_path: Path, algorithm: str
 ) -> None:
