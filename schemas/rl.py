@@ -7,7 +7,13 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from schemas.base import Frozen
-from schemas.training import OptimizerConfig, Precision, StabilityConfig, SupervisedConfig
+from schemas.training import (
+    LoRAConfig,
+    OptimizerConfig,
+    Precision,
+    StabilityConfig,
+    SupervisedConfig,
+)
 
 Algorithm = Literal["ppo", "grpo", "rloo", "dpo"]
 LossAggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -163,6 +169,10 @@ class OnlineConfig(Frozen):
     """Token slots that go through the model at once."""
     precision: Precision = "float32"
     """Number format of the matrix products, sampling's too; weights stay in float32."""
+    lora: LoRAConfig | None = None
+    """Train low-rank adapters in place of all the weights; without them the policy is the SFT
+    policy, so no second model is loaded as the reference. Of a critic, `separate` still trains all
+    its weights, `shared` its head and, with the policy, the adapters."""
     sampling: SamplingConfig
     """How rollouts are drawn."""
     overlong_buffer: int = Field(default=0, ge=0)
@@ -198,6 +208,15 @@ class OnlineConfig(Frozen):
     """Rollouts that are kept to look at credit."""
     checkpoint_every: int = Field(default=10, ge=1)
     """Rollout batches between checkpoints."""
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> Self:
+        if self.lora is not None and self.lora.dropout > 0:
+            raise ValueError(
+                f"lora.dropout is {self.lora.dropout:g}, but with dropout the policy that trains "
+                "is not the one that sampled, and no ratio between them is right: set it to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_stability(self) -> Self:
@@ -318,6 +337,8 @@ class DPOConfig(SupervisedConfig):
     """Weight of the chosen completion's negative log-likelihood (Pang et al. 2024)."""
     pairs: Literal["data", "sampled"] = "data"
     """Pairs from `data.preferences`, or from `sample_preferences`."""
+    lora: LoRAConfig | None = None
+    """Train low-rank adapters in place of all the weights."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -38,9 +38,9 @@ class LoRAConfig(Frozen):
     alpha: float = Field(default=32.0, gt=0)
     """Scale of the update, divided by the rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input, in training."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of the modules that get an adapter."""
+    """Names of the modules that get an adapter; embedding and output head cannot."""
 
 
 class GradientNormConfig(Frozen):

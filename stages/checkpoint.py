@@ -57,7 +57,8 @@ class Checkpoints:
 
     Each is a folder `step-NNNNNNNN` that appears by one rename and holds the digest of every file;
     one that fails its digest is passed over for the one before. Tensors are safetensors, optimizer
-    state is read with `weights_only`: nothing is ever unpickled.
+    state is read with `weights_only`: nothing is ever unpickled. Frozen parameters are left out:
+    they are what the stage has loaded.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Checkpoints:
 
     def _write(self, folder: Path, step: int, extra: Mapping[str, Any]) -> None:
         for name, model in self._models.items():
-            save_file(_unshared(model.state_dict()), folder / f"{name}.safetensors")
+            save_file(_state(model), folder / f"{name}.safetensors")
         for name, optimizer in self._optimizers.items():
             torch.save(optimizer.state_dict(), folder / f"{name}.optimizer.pt")
         torch.save(_rng_state(), folder / "rng.pt")
@@ -147,21 +148,17 @@ class Checkpoints:
         step, extra, code = state["step"], state["extra"], state["code"]
         if type(step) is not int or not isinstance(extra, dict) or not isinstance(code, dict):
             raise ValueError("state.json holds no step, no state or no code")
-        for name in self._models:
-            with safe_open(folder / f"{name}.safetensors", "pt"):
-                pass
+        for name, model in self._models.items():
+            with safe_open(folder / f"{name}.safetensors", "pt") as file:
+                if set(file.keys()) != _state(model).keys():
+                    raise ValueError(f"{name}.safetensors holds other tensors than the model")
         optimizers = {name: _read(folder / f"{name}.optimizer.pt") for name in self._optimizers}
         return _State(step, extra, code, optimizers, _read(folder / "rng.pt"))
 
     def _load(self, folder: Path, state: _State) -> Checkpoint:
         for name, model in self._models.items():
-            missing, unexpected = model.load_state_dict(
-                load_file(folder / f"{name}.safetensors"), strict=False
-            )
-            assert not unexpected, unexpected
-            # Tied parameters are stored once; anything else that is missing is damage.
-            stored = set(_unshared(model.state_dict()))
-            assert not stored & set(missing), missing
+            # Not strict: tied parameters are stored once, frozen ones not at all.
+            model.load_state_dict(load_file(folder / f"{name}.safetensors"), strict=False)
         for name, optimizer in self._optimizers.items():
             optimizer.load_state_dict(state.optimizers[name])
         _restore_rng(state.rng)
@@ -175,8 +172,10 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tied parameters once: safetensors refuses two names for one storage."""
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes; tied once, for safetensors refuses two names for one storage."""
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    state = {name: value for name, value in model.state_dict().items() if name not in frozen}
     seen: set[tuple[int, tuple[int, ...]]] = set()
     kept: dict[str, Tensor] = {}
     for name in sorted(state):

@@ -16,6 +16,7 @@ from schemas.base import UserError
 from schemas.requests import TrainRLRequest
 from schemas.rl import OnlineConfig
 from stages import supervised
+from stages.adapters import add_adapters, merge
 from stages.data.records import read_datasets, read_records
 from stages.models import (
     load_policy,
@@ -49,12 +50,15 @@ def run(request: TrainRLRequest, *, run_dir: Path, tracker: Tracker) -> PolicyCh
     settings = request.config.dpo if request.config.algorithm == "dpo" else request.config.online
     assert settings is not None
     policy = use_precision(load_policy(folder, device), settings.precision)
+    if settings.lora is not None:
+        section = "rl.dpo.lora" if request.config.algorithm == "dpo" else "rl.online.lora"
+        add_adapters(policy, settings.lora, section=section, seed=request.seed)
     if request.config.algorithm == "dpo":
         num_steps, metrics, audit = _offline(request, policy, tokenizer, run_dir, tracker)
     else:
         num_steps, metrics, audit = _online(request, policy, tokenizer, run_dir, tracker)
     content = run_dir / "content"
-    contract = save_model(policy, tokenizer, content)
+    contract = save_model(merge(policy), tokenizer, content)
     join_traces(run_dir / "traces", content / TRACES_FILE)
     write_audit(content, audit)
     return PolicyCheckpoint(
@@ -80,8 +84,10 @@ def _online(
     store = Store(request.runtime.store)
     folder = store.path(request.policy)
     algorithm = online_algorithm(request.config)
-    reference = use_precision(load_policy(folder, policy.device), config.precision)
-    reference.eval().requires_grad_(False)
+    reference = policy
+    if config.lora is None:
+        reference = use_precision(load_policy(folder, policy.device), config.precision)
+        reference.eval().requires_grad_(False)
     critic: Critic | None = None
     if algorithm.critic is not None and algorithm.critic.shared_weight is not None:
         critic = SharedCritic(policy)
@@ -163,11 +169,8 @@ def _offline(
     supervised.refuse_truncation(
         "pairs", num_truncated, len(pairs), config.max_truncated_fraction, config.max_length
     )
-    # Before the first update the policy is the reference; a resumed policy no longer is.
-    model = load_policy(store.path(request.policy), policy.device).eval()
-    use_precision(model, config.precision)
-    reference = dpo.reference_logprobs(model, pairs, config)
-    del model
+    # Until it is trained, or takes the weights of a checkpoint, the policy is the reference.
+    reference = dpo.reference_logprobs(policy, pairs, config)
     result = supervised.train(
         policy,
         section="rl.dpo",

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,8 +16,9 @@ from infra.tracking import Tracker
 from schemas.artifacts import PolicyCheckpoint
 from schemas.base import UserError
 from schemas.requests import TrainSFTRequest
-from schemas.training import LoRAConfig, SFTConfig
+from schemas.training import SFTConfig
 from stages import supervised
+from stages.adapters import add_adapters, merge
 from stages.data.records import read_records
 from stages.forward import hidden_states, weighted_logprobs_at
 from stages.models import load_base, max_positions, num_parameters, save_model, to_device
@@ -57,13 +57,14 @@ def run(request: TrainSFTRequest, *, run_dir: Path, tracker: Tracker) -> PolicyC
     examples, num_truncated = encode(records, tokenizer, config)
     to_device(model, resolve_device(request.runtime.device))
     use_precision(model, config.precision)
-    trained = _with_adapters(model, config.lora, request.seed) if config.lora else model
+    if config.lora is not None:
+        add_adapters(model, config.lora, section="sft.lora", seed=request.seed)
     result = supervised.train(
-        trained,
+        model,
         section="sft",
         record_ids=[str(record["id"]) for record in records],
         micro_losses=lambda indices, max_tokens: micro_losses(
-            trained, [examples[i] for i in indices], config, max_tokens
+            model, [examples[i] for i in indices], config, max_tokens
         ),
         settings=config,
         seed=request.seed,
@@ -71,14 +72,13 @@ def run(request: TrainSFTRequest, *, run_dir: Path, tracker: Tracker) -> PolicyC
         tracker=tracker,
     )
     content = run_dir / "content"
-    plain = _merged(trained) if config.lora else trained
-    contract = save_model(plain, tokenizer, content)
+    contract = save_model(merge(model), tokenizer, content)
     write_audit(content, {"stability": result.interventions})
     return PolicyCheckpoint(
         **provenance(request, content),
         algorithm="sft",
         contract=contract,
-        num_parameters=num_parameters(plain),
+        num_parameters=num_parameters(model),
         num_steps=result.num_steps,
         metrics={
             "loss": result.metrics["loss"],
@@ -141,10 +141,9 @@ def micro_losses(
             if example.trainable[t]
         ]
         index = torch.tensor(flat, dtype=torch.long, device=model.device)
-        causal = _inner(model) if config.lora else model
-        hidden = hidden_states(causal, batch)
+        hidden = hidden_states(model, batch)
         weights = torch.full((len(flat),), -1 / denominator, device=model.device)
-        loss, _, entropy = weighted_logprobs_at(causal, hidden, index[:, 0], index[:, 1], weights)
+        loss, _, entropy = weighted_logprobs_at(model, hidden, index[:, 0], index[:, 1], weights)
         yield supervised.MicroLoss(loss, {"entropy": entropy.sum().item() / denominator})
 
 
@@ -159,33 +158,3 @@ def _example(record: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> E
     return Example(
         prompt_ids + completion_ids, [False] * len(prompt_ids) + [True] * len(completion_ids)
     )
-
-
-def _with_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> PreTrainedModel:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    modules = config.target_modules
-    adapted: PreTrainedModel = get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=modules if isinstance(modules, str) else list(modules),
-        ),
-    )
-    return adapted
-
-
-def _inner(adapted: Any) -> PreTrainedModel:
-    """The causal model inside a peft model, its adapters in place."""
-    model: PreTrainedModel = adapted.get_base_model()
-    return model
-
-
-def _merged(adapted: Any) -> PreTrainedModel:
-    """A plain model, the adapters added to its weights."""
-    model: PreTrainedModel = adapted.merge_and_unload()
-    return model

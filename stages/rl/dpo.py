@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from schemas.rl import DPOConfig
+from stages.adapters import adapters_disabled
 from stages.core.losses import dpo_loss
 from stages.forward import Sequences, all_completion_logprobs, completion_logprobs
 from stages.supervised import MicroLoss
@@ -55,10 +56,14 @@ def loss(
 def reference_logprobs(
     model: PreTrainedModel, pairs: Sequence[Pair], config: DPOConfig
 ) -> PairLogprobs:
-    """The reference's log-probabilities of every pair, once for the whole stage."""
+    """Log-probabilities of every pair, once for the whole stage.
+
+    model: the reference, or the policy before its first update; adapters have no say.
+    """
     sequences = _both_sides(pairs)
     width = max(len(completion) for completion in sequences.completion_ids)
-    logprobs = all_completion_logprobs(model, sequences, width, config.micro_batch_tokens, 1.0)
+    with adapters_disabled(model):
+        logprobs = all_completion_logprobs(model, sequences, width, config.micro_batch_tokens, 1.0)
     return _reduce(logprobs, pairs, config)
 
 

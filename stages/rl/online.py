@@ -17,6 +17,7 @@ from infra.tracking import Tracker
 from schemas.base import UserError
 from schemas.rl import OnlineConfig
 from stages import heartbeat, termination
+from stages.adapters import has_adapters
 from stages.checkpoint import Checkpoint, Checkpoints
 from stages.core.kl import kl_k1
 from stages.core.masks import masked_sum
@@ -53,11 +54,15 @@ _MODES: dict[CreditMode, float] = {"response": 0.0, "step": 0.5, "token": 1.0}
 
 @dataclass(frozen=True)
 class Models:
-    """The models of online RL; the reference is frozen."""
+    """The models of online RL."""
 
     policy: PreTrainedModel
     reference: PreTrainedModel
+    """Frozen; or the policy itself, which with its adapters disabled is what it was before."""
     critic: Critic | None
+
+    def __post_init__(self) -> None:
+        assert self.reference is not self.policy or has_adapters(self.policy), "no reference"
 
 
 @dataclass(frozen=True)

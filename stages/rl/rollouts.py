@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from schemas.rl import OnlineConfig
+from stages.adapters import adapters_disabled
 from stages.core.shaping import overlong_penalty
 from stages.forward import Sequences, all_completion_logprobs, all_completion_values
 from stages.memory import TokenBudget
@@ -143,6 +144,7 @@ def make_experience(
 ) -> Experience:
     """Tensors of a rollout batch.
 
+    reference: may be the policy itself, if it has adapters.
     engine_is_exact: the engine samples from the trainer's own weights and its log-probabilities
     are the policy's, so no second pass is made for `old_logprobs`. Nor is one where a batch makes
     a single optimizer step: `update` takes them from that step's own pass, and until then those
@@ -171,6 +173,10 @@ def make_experience(
         old_logprobs = rollout_logprobs
     else:
         old_logprobs = logprobs_of(policy)
+    ref_logprobs = None
+    if reference is not None:
+        with adapters_disabled(reference):
+            ref_logprobs = logprobs_of(reference)
     values, values_after = None, None
     if critic is not None:
         values, values_after = budget.run(
@@ -184,7 +190,7 @@ def make_experience(
         completion_mask=mask,
         rollout_logprobs=rollout_logprobs,
         old_logprobs=old_logprobs,
-        ref_logprobs=(logprobs_of(reference) if reference is not None else None),
+        ref_logprobs=ref_logprobs,
         values=values,
         values_after=values_after,
     )

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from infra.files import sync
 from schemas.artifacts import TRACE_METRICS_KEY
 from schemas.rl import OnlineConfig
+from stages.adapters import adapters_disabled
 from stages.core.kl import kl_k1
 from stages.forward import all_completion_logprobs
 from stages.rl.algorithms import OnlineAlgorithm
@@ -129,13 +130,14 @@ def reference_logprobs(
     """Of some rollouts [_R, _T]; looked up here where the algorithm has no use for them."""
     if experience.ref_logprobs is not None:
         return experience.ref_logprobs[list(rows)]
-    return all_completion_logprobs(
-        reference,
-        experience.sequences.select(rows),
-        experience.width,
-        config.micro_batch_tokens,
-        config.sampling.temperature,
-    )
+    with adapters_disabled(reference):
+        return all_completion_logprobs(
+            reference,
+            experience.sequences.select(rows),
+            experience.width,
+            config.micro_batch_tokens,
+            config.sampling.temperature,
+        )
 
 
 def _columns(

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.rl import SamplingConfig
 from stages import heartbeat
-from stages.precision import computing
+from stages.precision import compute_dtype, computing
 from stages.rollout.attention import decode_attention
 from stages.rollout.checks import check_lengths
 from stages.rollout.decoding import Completions, Context
@@ -44,7 +45,7 @@ class NativeEngine:
         one `update_weights` and the next, so that the model may be trained meanwhile.
         """
         self._source = model
-        self._model = copy.deepcopy(model).requires_grad_(False) if own_copy else model
+        self._model = _copied(model) if own_copy else model
         self._eos_token_ids = sorted(eos_token_ids)
         self._tokenizer = tokenizer
         self._pad_token_id = pad_token_id
@@ -72,7 +73,7 @@ class NativeEngine:
             _evaluating(model),
             decode_attention(model),
             computing(model),
-            torch.inference_mode(),
+            _without_gradient(model),
         ):
             for start in range(0, len(rows), self._max_batch_size):
                 batch = rows[start : start + self._max_batch_size]
@@ -85,7 +86,8 @@ class NativeEngine:
         if self._model is not policy:
             with torch.no_grad():
                 for own, new in zip(self._model.parameters(), policy.parameters(), strict=True):
-                    own.copy_(new)
+                    if new.requires_grad:
+                        own.copy_(new)
         self._version = version
 
     def report(self) -> dict[str, float]:
@@ -155,6 +157,38 @@ class NativeEngine:
             return None
         assert self._tokenizer is not None, "stop strings need a tokenizer"
         return StopStrings(self._tokenizer, sampling.stop, prompts)
+
+
+def _copied(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that shares the memory of frozen weights: below adapters, they never change."""
+    shared = {
+        id(frozen): nn.Parameter(frozen.detach(), requires_grad=False)
+        for frozen in model.parameters()
+        if not frozen.requires_grad
+    }
+    return copy.deepcopy(model, shared).requires_grad_(False)
+
+
+@contextmanager
+def _without_gradient(model: PreTrainedModel) -> Iterator[None]:
+    """No graph is recorded, and each weight is turned into bfloat16 once, not once a token.
+
+    Autocast keeps what it has made of a weight only outside of inference mode, and only where the
+    weight asks for a gradient: frozen ones do meanwhile.
+    """
+    if compute_dtype(model) == next(model.parameters()).dtype:
+        with torch.inference_mode():
+            yield
+        return
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @contextmanager

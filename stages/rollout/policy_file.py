@@ -9,6 +9,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from stages.adapters import plain_parameters
+
 _SHARED_MEMORY = Path("/dev/shm")
 _NAME = "policy.safetensors"
 
@@ -33,8 +35,8 @@ class PolicyFile:
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     def write(self, policy: PreTrainedModel) -> None:
-        """Put the newest weights in place of the old. Tied parameters come once."""
-        weights = {name: value.detach().contiguous() for name, value in policy.named_parameters()}
+        """Put the newest weights in place of the old: tied ones once, adapters merged."""
+        weights = {name: value.contiguous() for name, value in plain_parameters(policy)}
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, self._folder / _NAME)

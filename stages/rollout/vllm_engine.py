@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from schemas.base import UserError
 from schemas.rl import SamplingConfig
 from stages import heartbeat
+from stages.adapters import plain_parameters
 from stages.rollout.checks import check_lengths
 from stages.rollout.streams import request_seed
 from stages.rollout.types import Rollout
@@ -125,10 +126,10 @@ class VLLMEngine:
     def update_weights(self, policy: PreTrainedModel, version: int) -> None:
         """Copy the weights of `policy` into the running engine.
 
-        Tied parameters come once, under their first name, as in a saved folder.
+        Tied parameters come once, under their first name, as in a saved folder; adapters merged.
         """
-        weights = [(name, value.detach()) for name, value in policy.named_parameters()]
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        weights = plain_parameters(policy)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.apply_model(_pack_heads)
         self._version = version
 

@@ -89,6 +89,7 @@ SAMPLE_PREFERENCES = {"num_prompts": 4}
     "changes",
     [
         {},
+        {"rl.online.lora": {"rank": 4}},
         {"rl.algorithm": "rloo", "rl.rloo": {"optimizer": OPTIMIZER}},
         {"rl.algorithm": "ppo", "rl.ppo": {"optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER}},
         {
@@ -149,6 +150,11 @@ def test_a_possible_recipe_is_taken(changes: dict[str, Any]) -> None:
             "multiple of num_mini_batches",
         ),
         ({**DPO, "data.preferences": None}, "dpo learns from pairs", "add data.preferences"),
+        (
+            {"rl.online.lora": {"dropout": 0.1}},
+            "lora.dropout is 0.1",
+            "set it to 0",
+        ),
         (
             {"rollout": {"engine": "vllm"}, "rl.online.max_policy_lag": 1},
             "samples while the policy trains",

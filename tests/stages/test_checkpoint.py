@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from infra.files import file_digest
@@ -137,3 +138,33 @@ def test_with_none_left_nothing_is_touched(folder: Path, tmp_path: Path) -> None
     assert house.model.weight.item() == 7.0
     assert torch.equal(torch.get_rng_state(), random)
     assert not (tmp_path / "mark").exists()
+
+
+def two_layers(folder: Path, *, frozen: bool) -> tuple[nn.Sequential, Checkpoints]:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    model[0].requires_grad_(not frozen)
+    optimizer = Optimizer.create(model, OptimizerConfig(learning_rate=0.1), 10)
+    return model, Checkpoints(folder, {"model": model}, {"model": optimizer})
+
+
+def test_frozen_weights_are_left_out_and_stay(tmp_path: Path) -> None:
+    model, checkpoints = two_layers(tmp_path, frozen=True)
+    checkpoints.save(1, {})
+    stored = load_file(tmp_path / "step-00000001" / "model.safetensors")
+    assert stored.keys() == {"1.weight"}
+    fresh, checkpoints = two_layers(tmp_path, frozen=True)
+    before = fresh[0].weight.clone()
+    assert checkpoints.resume() is not None
+    assert torch.equal(fresh[0].weight, before)
+    assert torch.equal(fresh[1].weight, model[1].weight)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_checkpoint_of_other_weights_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, frozen: bool
+) -> None:
+    _, checkpoints = two_layers(tmp_path, frozen=frozen)
+    checkpoints.save(1, {})
+    _, others = two_layers(tmp_path, frozen=not frozen)
+    assert others.resume() is None
+    assert "model.safetensors holds other tensors than the model" in caplog.text

@@ -17,6 +17,7 @@ from schemas.base import UserError
 from schemas.rewards import RewardConfig
 from schemas.rl import RLConfig, RolloutConfig
 from stages import termination
+from stages.adapters import add_adapters
 from stages.models import load_policy, load_with_head
 from stages.rewards.composition import Rewarder
 from stages.rewards.verifiers import build_verifier
@@ -55,7 +56,10 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "ppo": {"algorithm": "ppo", "ppo": PPO},
     "ppo_shared": {"algorithm": "ppo", "ppo": {**PPO, "critic": "shared"}},
 }
-EVERY_ALGORITHM = pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+LORA = "_lora"
+"""Behind the name of an algorithm: only adapters are trained, and there is no second model."""
+ADAPTED = [f"{algorithm}{LORA}" for algorithm in ("grpo", "ppo", "ppo_shared")]
+EVERY_ALGORITHM = pytest.mark.parametrize("algorithm", [*ALGORITHMS, *ADAPTED])
 
 
 def count_fours(completion: str, answer: str) -> float:
@@ -105,7 +109,11 @@ class DyingTracker(MemoryTracker):
 
 
 def rl_config(algorithm: str, **changes: Any) -> RLConfig:
-    return RLConfig.model_validate({**ALGORITHMS[algorithm], "online": {**ONLINE, **changes}})
+    online = {**ONLINE, **changes}
+    if algorithm.endswith(LORA):
+        online["lora"] = {"rank": 4}
+    settings = ALGORITHMS[algorithm.removesuffix(LORA)]
+    return RLConfig.model_validate({**settings, "online": online})
 
 
 def traces_of(run_dir: Path) -> dict[str, Any]:
@@ -135,7 +143,11 @@ def train(
         critic = SharedCritic(policy)
     elif functions.critic is not None:
         critic = load_with_head(folder, "value", seed=0)
-    models = online.Models(policy, load_policy(folder, device).eval(), critic)
+    if config.online.lora is None:
+        reference = load_policy(folder, device).eval()
+    else:
+        reference = add_adapters(policy, config.online.lora, section="rl.online.lora", seed=0)
+    models = online.Models(policy, reference, critic)
     engine = build_engine(
         RolloutConfig(max_batch_size=5),
         model=policy,

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from schemas.training import LoRAConfig
+from stages.adapters import add_adapters
 from stages.forward import Sequences, completion_values
 from stages.models import load_policy
 from stages.shared_critic import SharedCritic
@@ -38,6 +40,20 @@ def test_the_gradient_reaches_the_backbone_unless_the_head_warms_up(policy: Any)
     completion_values(critic, SEQUENCES, 3).sum().backward()
     moved = [p.grad is not None and bool(p.grad.any()) for p in policy.base_model.parameters()]
     assert all(moved)
+
+
+def test_below_adapters_the_gradient_reaches_them_and_no_other_weight(policy: Any) -> None:
+    add_adapters(policy, LoRAConfig(rank=2), section="rl.online.lora", seed=0)
+    critic = SharedCritic(policy)
+    torch.nn.init.ones_(critic.score.weight)
+    completion_values(critic, SEQUENCES, 3, head_only=True).sum().backward()
+    assert critic.score.weight.grad is not None
+    assert all(parameter.grad is None for parameter in policy.parameters())
+    completion_values(critic, SEQUENCES, 3).sum().backward()
+    moved = {name for name, p in policy.named_parameters() if p.grad is not None}
+    assert moved == {name for name, _ in policy.named_parameters() if "lora_" in name}
+    # The other factor is 0 still, and so is the gradient of this one.
+    assert all(bool(p.grad.any()) for name, p in policy.named_parameters() if "lora_B" in name)
 
 
 def test_the_value_loss_moves_the_policy_by_its_weight(

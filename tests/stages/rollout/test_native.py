@@ -3,11 +3,13 @@
 import itertools
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,6 +24,9 @@ from transformers import (
 
 from schemas.base import UserError
 from schemas.rl import SamplingConfig
+from schemas.training import LoRAConfig
+from stages.adapters import add_adapters
+from stages.precision import use_precision
 from stages.rollout.native import NativeEngine
 from stages.rollout.stop_strings import StopStrings
 from tests.stages.rollout.tiny import letters
@@ -378,6 +383,85 @@ def test_a_copy_stays_as_it_is_until_it_is_renewed() -> None:
     assert [r.completion_ids for r in after] != [r.completion_ids for r in before]
     assert {r.policy_version for r in after} == {1}
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def adapted(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    add_adapters(model, LoRAConfig(rank=2), section="rl.online.lora", seed=0)
+    stir(model)
+    return model
+
+
+def stir(model: LlamaForCausalLM) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("own_copy", [False, True])
+def test_adapters_have_their_say_and_stay_as_they_are(own_copy: bool) -> None:
+    model = adapted(llama())
+    sampling = SamplingConfig(max_completion_tokens=10, temperature=0.7)
+    sampler = NativeEngine(
+        model, eos_token_ids=[EOS], pad_token_id=EOS, max_batch_size=64, own_copy=own_copy
+    )
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    for version in (0, 1):
+        sampler.update_weights(model, version)
+        for rollout in sampler.generate(PROMPTS, sampling, num_samples=3, seed=version):
+            logits = logits_of(model, rollout.prompt_ids + rollout.completion_ids) / 0.7
+            expected = logits[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
+            chosen = expected.gather(1, torch.tensor(rollout.completion_ids)[:, None]).squeeze(1)
+            assert rollout.rollout_logprobs == pytest.approx(chosen.tolist(), abs=1e-4)
+        stir(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    assert any(trainable.values()) and not all(trainable.values())
+
+
+def test_a_copy_below_adapters_is_one_of_the_adapters_alone() -> None:
+    model = adapted(llama())
+    sampler = NativeEngine(
+        model, eos_token_ids=[EOS], pad_token_id=EOS, max_batch_size=64, own_copy=True
+    )
+    own = dict(sampler._model.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert own[name] is not parameter
+        assert (own[name].data_ptr() == parameter.data_ptr()) == ("lora_" not in name), name
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often a tensor is turned into bfloat16."""
+
+    def __init__(self, watched: torch.Tensor) -> None:
+        super().__init__()
+        self.watched = watched.data_ptr()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        found = func(*args, **(kwargs or {}))
+        if args and isinstance(args[0], torch.Tensor) and args[0].data_ptr() == self.watched:
+            self.count += isinstance(found, torch.Tensor) and found.dtype == torch.bfloat16
+        return found
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("own_copy", [False, True])
+def test_a_weight_is_turned_into_bfloat16_once(adapters: bool, own_copy: bool) -> None:
+    model = use_precision(adapted(llama()) if adapters else llama(), "bfloat16")
+    sampler = NativeEngine(
+        model, eos_token_ids=[], pad_token_id=EOS, max_batch_size=64, own_copy=own_copy
+    )
+    trainable = [p.requires_grad for p in model.parameters()]
+    layer: Any = sampler._model.model.layers[0].mlp.up_proj
+    with Casts(layer.base_layer.weight if adapters else layer.weight) as casts:
+        sampler.generate(PROMPTS, SamplingConfig(max_completion_tokens=8), num_samples=2, seed=0)
+    assert casts.count == 1
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    # Training goes on: nothing of the sampling is left in its graph or its weights.
+    model.train()(input_ids=torch.tensor([PROMPTS[2]])).logits.sum().backward()
+    assert [p.grad is not None for p in model.parameters()] == trainable
 
 
 def test_training_mode_comes_back_and_dropout_is_off() -> None:

@@ -1,5 +1,6 @@
 """vLLM in process: new weights in place, exact log-probabilities, versions."""
 
+import copy
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 
 from schemas.base import UserError
 from schemas.rl import RolloutConfig, SamplingConfig
+from schemas.training import LoRAConfig
+from stages.adapters import add_adapters
 from stages.rollout.engine import build_engine
 from stages.rollout.native import NativeEngine
 from stages.rollout.types import Rollout, RolloutEngine
@@ -181,6 +184,26 @@ def test_same_seed_gives_the_same_whatever_came_before(renewed: Renewed) -> None
     assert engine.generate(PROMPTS, sampling, num_samples=3, seed=7) == first
     assert [r.completion_ids for r in other] != [r.completion_ids for r in first]
     assert len({tuple(r.completion_ids) for r in first[:3]}) > 1
+
+
+# The last of the module: the engine's weights are others behind it.
+@pytest.mark.vllm
+@needs_vllm
+def test_adapters_are_merged_into_what_the_engine_is_given(renewed: Renewed) -> None:
+    model = copy.deepcopy(renewed.model)
+    add_adapters(model, LoRAConfig(rank=4), section="rl.online.lora", seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    renewed.engine.update_weights(model, 6)
+    found = renewed.engine.generate(PROMPTS, GREEDY, num_samples=1, seed=0)
+    assert [r.completion_ids for r in found] != [r.completion_ids for r in renewed.fresh]
+    for rollout in found:
+        exact = exact_logprobs(model, rollout, 1.0)
+        assert rollout.rollout_logprobs == pytest.approx(exact, abs=1e-4)
+    assert {r.policy_version for r in found} == {6}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
