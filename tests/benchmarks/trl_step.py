@@ -11,7 +11,11 @@ data that the trainer has made of them, and a difference is an error.
 
 `defaults` are TRL's own: bf16 autocast, gradient checkpointing, per_device_train_batch_size 8 (with
 as many accumulation steps as the step needs), random order. `fastest` are the quickest honest ones
-found on the CPU, by algorithm in `FASTEST`; for all of them no checkpointing.
+found on the CPU: no checkpointing; micro-batches of --micro-batch-tokens; SFT packed into rows of
+--packed-tokens; pairs and solutions in the order of their length, which is the best that TRL's
+`group_by_length` can come to (it sorts a fiftieth of a data set at a time, and this one is a single
+step); a static cache for sampling; DPO's reference precomputed. Padding-free DPO is switched off in
+TRL 1.16, and the reward and PRM trainers pack nothing. --options tries others, as JSON.
 
 DPO with --reference pass has one pass of the reference over each record in each step. TRL does that
 within the step (`defaults`) or before training (`precompute_ref_log_probs`, in `fastest`), where it
@@ -97,6 +101,8 @@ class Texts:
 def main():
     args = parser().parse_args()
     lengths = workload.Shape.of(args).lengths(args.algorithm)
+    if args.settings == "fastest" and args.algorithm in workload.OFFLINE:
+        lengths.sort(key=lambda one: -max(one.sequences()))
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.algorithm == "ppo" and args.precision == "bfloat16":
@@ -107,7 +113,9 @@ def main():
     tokens = sum(workload.sequences(lengths))
     online = args.algorithm in workload.ONLINE
     with tempfile.TemporaryDirectory() as folder:
-        trainer = TRAINERS[args.algorithm](args, lengths, Texts(tokenizer, args.seed), folder, clock)
+        trainer = TRAINERS[args.algorithm](
+            args, lengths, Texts(tokenizer, args.seed), folder, clock
+        )
         expected = sum(one.prompt for one in lengths) if online else tokens
         found = real_tokens(trainer, tokenizer)
         if args.algorithm == "ppo":
@@ -159,8 +167,12 @@ OPTIONS = {}
 
 def config_of(cls, args, folder, **options):
     """A trainer's configuration: TRL's defaults but for what the measurement needs, and options."""
-    fast = {"gradient_checkpointing": False} if args.settings == "fastest" else {}
-    OPTIONS.update(fast | options)
+    if args.settings == "fastest":
+        options = {"gradient_checkpointing": False} | options
+        if args.algorithm in ("rm", "prm", "dpo"):
+            options["train_sampling_strategy"] = "sequential"
+    options |= json.loads(args.options)
+    OPTIONS.update(options)
     needed = {
         "output_dir": folder,
         "max_steps": args.steps + args.warmup,
@@ -172,29 +184,23 @@ def config_of(cls, args, folder, **options):
         "disable_tqdm": True,
         "bf16": args.precision == "bfloat16",
     }
-    return cls(**(needed | fast | options))
+    return cls(**(needed | options))
 
 
 def batches(args, rows, tokens_a_row):
     """Rows at once, and how many times that for a step: TRL's 8, or what fills the budget.
 
-    An epoch's rest makes a step of its own too, so the last micro-batch may be a smaller one.
+    Rollouts must come out even. Of fixed records, an epoch's rest is a smaller micro-batch.
     """
     size = min(8, rows)
     if args.settings == "fastest":
         size = min(max(args.micro_batch_tokens // tokens_a_row, 1), rows)
+    while args.algorithm in workload.ONLINE and rows % size:
+        size -= 1
     return {
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": -(-rows // size),
     }
-
-
-def by_length(args):
-    """Records of like length together, which saves filling: TRL's own sampler for that."""
-    varied = args.min_completion_tokens or args.min_prompt_tokens
-    if args.settings == "fastest" and varied:
-        return {"train_sampling_strategy": "group_by_length"}
-    return {}
 
 
 def longest(args):
@@ -291,7 +297,7 @@ def prm(args, lengths, texts, folder, clock):
     options = {"max_length": longest(args)} | batches(args, len(lengths), longest(args))
     return PRMTrainer(
         model=model_of(AutoModelForTokenClassification, args, num_labels=2),
-        args=config_of(PRMConfig, args, folder, **options, **by_length(args)),
+        args=config_of(PRMConfig, args, folder, **options),
         train_dataset=Dataset.from_list(rows),
         processing_class=texts.tokenizer,
         callbacks=[clock],
@@ -391,6 +397,7 @@ def parser():
     found.add_argument(
         "--packed-tokens", type=int, default=1024, help="row of `fastest` SFT, if records fit in it"
     )
+    found.add_argument("--options", default="{}", help="JSON: other options of TRL's configuration")
     workload.add_options(found)
     return found
 
