@@ -51,10 +51,15 @@ def test_an_inner_part_is_no_part_of_the_outer_one(time: Time) -> None:
 
 def test_a_part_that_fails_is_closed(time: Time) -> None:
     clock = Clock()
-    with clock.part("outer"):
-        with pytest.raises(RuntimeError), clock.part("inner"):
+
+    def fail() -> None:
+        with clock.part("inner"):
             time.now += 3
             raise RuntimeError
+
+    with clock.part("outer"):
+        with pytest.raises(RuntimeError):
+            fail()
         time.now += 1
     assert clock.wall == {"outer": 1.0, "inner": 3.0}
 

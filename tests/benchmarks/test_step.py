@@ -84,8 +84,8 @@ def test_ppo_counts_every_pass_that_it_makes(folder: Path) -> None:
     critic -= size
     tokens, generated = 12 * 42, 12 * 32
     # The policy: two epochs. In float32 its own samples need no other pass. The critic: two epochs
-    # and the values before them. The reference and the reward model, which is as the critic is.
-    passes = 12 * size + 14 * critic + 2 * size + 2 * critic
+    # and the values before them. The reference, and the reward model, whose head has no bias.
+    passes = 12 * size + 14 * critic + 2 * size + 2 * (critic - 1)
     assert document["model_flops_a_step"] == passes * tokens + 2 * size * generated
     # Everybody has the same backbone: 12 + 14 + 2 + 2, and sampling, which sees prompts only once.
     attention = 30 * 64 * 12 * 42**2 + 2 * 64 * 12 * (42**2 - 10**2)

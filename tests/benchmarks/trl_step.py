@@ -395,7 +395,7 @@ def parser():
     found.add_argument("--model", required=True)
     found.add_argument("--settings", choices=("defaults", "fastest"), default="defaults")
     found.add_argument(
-        "--packed-tokens", type=int, default=1024, help="row of `fastest` SFT, if records fit in it"
+        "--packed-tokens", type=int, default=512, help="row of `fastest` SFT, if records fit in it"
     )
     found.add_argument("--options", default="{}", help="JSON: other options of TRL's configuration")
     workload.add_options(found)
