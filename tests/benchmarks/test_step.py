@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.benchmarks.step import ALGORITHMS
+from tests.benchmarks.workload import ALGORITHMS, Shape, sequences
 
 pytestmark = pytest.mark.slow
 
@@ -57,5 +57,36 @@ def test_every_algorithm_takes_its_steps(folder: Path, algorithm: str) -> None:
     assert document.get("generated_tokens", 0) == (12 * 32 if online else 0)
     parts = document["cpu_seconds_by_part"]
     assert sum(parts.values()) == pytest.approx(document["cpu_seconds_a_step"], rel=0.05, abs=1e-3)
-    assert ("generate" in parts) == online
+    expected = {"loss and backward", "optimizer"}
+    expected |= {"log-probabilities"} if algorithm == "dpo" else set()
+    expected |= {"generate", "score", "log-probabilities", "weight sync"} if online else set()
+    assert parts.keys() == expected
     assert document["peak_memory_bytes"] > 0 and document["fraction_of_peak"] > 0
+    size, trained = document["num_parameters"], document["num_trained_parameters"]
+    assert trained == (2 * size - 32 * 64 + 33 if algorithm == "ppo" else size)
+
+
+def test_lengths_between_two_are_those_that_are_drawn(folder: Path) -> None:
+    document = run(folder, "dpo", "--min-completion-tokens", "4", "--reference", "cached")
+    drawn = Shape(3, 4, 10, 32, 10, 4, 0).lengths("dpo")
+    tokens = sequences(drawn)
+    assert document["training_tokens"] == sum(tokens) and len(set(tokens)) > 1
+    assert "log-probabilities" not in document["cpu_seconds_by_part"]
+    # 2 layers of 4 heads of 8: six times layers x width x length squared, summed over sequences.
+    attention = 6 * 2 * 32 * sum(length**2 for length in tokens)
+    assert document["attention_flops_a_step"] == attention
+    assert document["model_flops_a_step"] == 6 * document["num_parameters"] * sum(tokens)
+
+
+def test_ppo_counts_every_pass_that_it_makes(folder: Path) -> None:
+    document = run(folder, "ppo", "--reward-model", "--num-epochs", "2", "--steps", "1")
+    size, critic = document["num_parameters"], document["num_trained_parameters"]
+    critic -= size
+    tokens, generated = 12 * 42, 12 * 32
+    # The policy: two epochs. In float32 its own samples need no other pass. The critic: two epochs
+    # and the values before them. The reference, and the reward model, whose head has no bias.
+    passes = 12 * size + 14 * critic + 2 * size + 2 * (critic - 1)
+    assert document["model_flops_a_step"] == passes * tokens + 2 * size * generated
+    # Everybody has the same backbone: 12 + 14 + 2 + 2, and sampling, which sees prompts only once.
+    attention = 30 * 64 * 12 * 42**2 + 2 * 64 * 12 * (42**2 - 10**2)
+    assert document["attention_flops_a_step"] == attention

@@ -1,23 +1,26 @@
-"""The ratios of the comparison, on numbers worked out by hand."""
+"""The ratios of the comparison, on numbers worked out by hand; and that both sides do one work."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.benchmarks.versus_trl import ratios
+from tests.benchmarks.versus_trl import _parser, ratios, table, work_of
 
 
-def line(who: str, round_: int, tokens: float, memory: int) -> dict[str, Any]:
-    return {
+def line(who: str, round_: int, tokens: float, memory: int, work: int = 64) -> dict[str, Any]:
+    found: dict[str, Any] = {
         "who": who,
         "algorithm": "sft",
         "round": round_,
+        "training_tokens": work,
         "tokens_a_cpu_second": tokens,
+        "tokens_a_second": tokens / 2 if who == "posttrain" else tokens / 4,
         "peak_memory_bytes": memory,
-        "num_parameters": 10,
     }
+    return found | ({"num_trained_parameters": 10} if who == "posttrain" else {})
 
 
 def test_each_round_is_compared_with_itself_and_the_median_is_taken() -> None:
@@ -28,11 +31,37 @@ def test_each_round_is_compared_with_itself_and_the_median_is_taken() -> None:
         *(line("posttrain", 2, 250.0, 360), line("TRL defaults", 2, 100.0, 660)),
     ]
     # Above 16 bytes for each of 10 parameters: 200/400, 100/400 and 200/500.
-    assert ratios(found) == {
-        "sft": {
-            "TRL defaults": {
-                "tokens_a_cpu_second": pytest.approx(2.5),
-                "memory_above_state": pytest.approx(0.4),
-            }
-        }
+    expected = {
+        "tokens_a_cpu_second": pytest.approx(2.5),
+        "tokens_a_second": pytest.approx(5.0),
+        "memory_above_state": pytest.approx(0.4),
     }
+    assert ratios(found) == {"sft": {"TRL defaults": expected}}
+    assert table(ratios(found)).splitlines()[2] == "| sft | TRL defaults | 2.50 | 5.00 | 0.40 |"
+
+
+def test_two_that_did_not_do_the_same_work_are_not_compared() -> None:
+    with pytest.raises(SystemExit, match="64 tokens here and 63 in TRL"):
+        ratios([line("posttrain", 0, 1.0, 200), line("TRL defaults", 0, 1.0, 200, work=63)])
+
+
+def test_ppo_does_what_the_other_does_and_offline_lengths_vary() -> None:
+    args = _parser().parse_args(["--model", "m", "--offline-lengths", "8+16..32"])
+    ppo = work_of(args, "ppo")
+    assert ppo[ppo.index("--num-epochs") + 1] == "4" and "--reward-model" in ppo
+    sft, grpo = work_of(args, "sft"), work_of(args, "grpo")
+    assert "--reward-model" not in sft and "--num-epochs" not in grpo
+    names = ("--prompts", "--prompt-tokens", "--min-completion-tokens", "--completion-tokens")
+    assert [sft[sft.index(name) + 1] for name in names] == ["16", "8", "16", "32"]
+    assert [grpo[grpo.index(name) + 1] for name in names] == ["8", "64", "64", "64"]
+
+
+def test_both_environments_have_requirements() -> None:
+    folder = Path(__file__).parents[1] / "parity"
+    pins = {
+        name: [one for one in (folder / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("requirements.txt", "requirements-ppo.txt")
+    }
+    # The same torch on both sides, and in the Makefile's first call to pip.
+    assert all("torch==2.13.0" in lines for lines in pins.values())
+    assert "trl==1.12.0" in pins["requirements-ppo.txt"]

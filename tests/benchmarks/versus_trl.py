@@ -1,15 +1,20 @@
 """The project's steps beside TRL's on the same work: interleaved, as ratios.
 
-    make .venv-trl/.installed
+    make .venv-trl/.installed .venv-trl-ppo/.installed
     python -m tests.benchmarks.versus_trl --model FOLDER --algorithms sft,dpo,grpo --rounds 3
 
 Every round runs `step` here and `trl_step` in TRL's own environment, one after the other, for each
 algorithm and each of TRL's settings, so that a neighbour on the machine disturbs both alike. Prints
-one JSON line a measurement, and at the end one with the median ratios: tokens a CPU-second (ours
-over TRL's) and peak memory above the 16 bytes a parameter that training has to hold.
+one JSON line a measurement, then one with the median ratios, and these as a table: tokens a
+CPU-second and a second (ours over TRL's), and peak memory above what training has to hold, 16
+bytes for each parameter that an optimizer moves. --offline-lengths and --online-lengths say how
+long sequences are; the two sides draw the same lengths. TRL has bf16 autocast in all its settings,
+and so have we.
 
-TRL 1.16 has neither PPO nor PRM; `--trl-python` names the Python of another environment (TRL 1.12
-has the PRM).
+TRL 1.16 has neither PPO nor PRM: --trl-python-ppo names the Python of an environment with TRL 1.12.
+PPO does TRL's amount of work on both sides: a policy, a critic of its own, a reference and a reward
+model of the same size, 4 epochs in one mini-batch each, a reward model's pass over every
+completion.
 """
 
 from __future__ import annotations
@@ -20,14 +25,17 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.workload import ALGORITHMS, OFFLINE
+
 HERE = Path(__file__).parent
-ALGORITHMS = ("sft", "rm", "prm", "dpo", "grpo", "rloo")
 _BYTES_A_PARAMETER = 16  # weights, gradient and two moments in float32
 _MALLOC = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+_PPO_EPOCHS = 4  # TRL's default
+_COLUMNS = ("tokens_a_cpu_second", "tokens_a_second", "memory_above_state")
 
 
 def main() -> None:
@@ -41,49 +49,88 @@ def main() -> None:
                 found.append(line)
                 print(json.dumps(line), flush=True)
     print(json.dumps({"ratios": ratios(found)}), flush=True)
+    print(table(ratios(found)), flush=True)
 
 
 def measurements(args: argparse.Namespace, algorithm: str) -> Iterator[dict[str, Any]]:
     """Ours, and TRL's with each of the settings."""
-    work = [
-        *("--algorithm", algorithm, "--model", args.model, "--prompts", str(args.prompts)),
-        *("--group-size", str(args.group_size), "--prompt-tokens", str(args.prompt_tokens)),
-        *("--completion-tokens", str(args.completion_tokens), "--steps", str(args.steps)),
-        *("--micro-batch-tokens", str(args.micro_batch_tokens), "--threads", str(args.threads)),
-        *("--precision", "bfloat16"),
-    ]
+    work = ["--algorithm", algorithm, "--model", args.model, *work_of(args, algorithm)]
     yield _run([sys.executable, "-m", "tests.benchmarks.step", *work]) | {"who": "posttrain"}
+    python = args.trl_python_ppo if algorithm in ("ppo", "prm") else args.trl_python
     for settings in args.settings.split(","):
-        command = [args.trl_python, str(HERE / "trl_step.py"), *work, "--settings", settings]
+        command = [python, str(HERE / "trl_step.py"), *work, "--settings", settings]
         yield _run(command) | {"who": f"TRL {settings}"}
 
 
-def ratios(found: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+def work_of(args: argparse.Namespace, algorithm: str) -> list[str]:
+    """Options that both sides know."""
+    offline = algorithm in OFFLINE
+    prompt, shortest, longest = args.offline_lengths if offline else args.online_lengths
+    options = {
+        "prompts": args.records if offline else args.prompts,
+        "group-size": args.group_size,
+        "prompt-tokens": prompt,
+        "min-completion-tokens": shortest,
+        "completion-tokens": longest,
+        "micro-batch-tokens": args.micro_batch_tokens,
+        "threads": args.threads,
+        "steps": args.steps,
+        "warmup": args.warmup,
+        "precision": "bfloat16",
+        "reference": args.reference,
+        "seed": args.seed,
+    }
+    if algorithm == "ppo":
+        options["num-epochs"] = _PPO_EPOCHS
+    found = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return [*found, "--reward-model"] if algorithm == "ppo" else found
+
+
+def ratios(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """By algorithm and by TRL's settings: medians over the rounds."""
     result: dict[str, dict[str, dict[str, float]]] = {}
     ours = {(one["algorithm"], one["round"]): one for one in found if one["who"] == "posttrain"}
-    theirs = [one for one in found if one["who"] != "posttrain"]
-    for algorithm in dict.fromkeys(one["algorithm"] for one in theirs):
-        for who in dict.fromkeys(one["who"] for one in theirs):
+    for algorithm in dict.fromkeys(one["algorithm"] for one in found):
+        for who in dict.fromkeys(one["who"] for one in found if one["who"] != "posttrain"):
             pairs = [
-                (ours[algorithm, one["round"]], one)
-                for one in theirs
+                _ratios(ours[algorithm, one["round"]], one)
+                for one in found
                 if one["who"] == who and one["algorithm"] == algorithm
             ]
             if pairs:
                 result.setdefault(algorithm, {})[who] = {
-                    "tokens_a_cpu_second": statistics.median(
-                        a["tokens_a_cpu_second"] / b["tokens_a_cpu_second"] for a, b in pairs
-                    ),
-                    "memory_above_state": statistics.median(
-                        _above_state(a, a) / max(_above_state(b, a), 1.0) for a, b in pairs
-                    ),
+                    column: statistics.median(pair[column] for pair in pairs) for column in _COLUMNS
                 }
     return result
 
 
-def _above_state(one: dict[str, Any], ours: dict[str, Any]) -> float:
-    return float(one["peak_memory_bytes"] - _BYTES_A_PARAMETER * ours["num_parameters"])
+def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
+    """`ratios` in Markdown."""
+    lines = [
+        "| algorithm | against | tokens a CPU-second | tokens a second | memory above state |",
+        "|---|---|---|---|---|",
+    ]
+    for algorithm, settings in found.items():
+        for who, one in settings.items():
+            numbers = " | ".join(f"{one[column]:.2f}" for column in _COLUMNS)
+            lines.append(f"| {algorithm} | {who} | {numbers} |")
+    return "\n".join(lines)
+
+
+def _ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """Ours over theirs. TRL's process does not know how many parameters it trains: as we do."""
+    if ours["training_tokens"] != theirs["training_tokens"]:
+        raise SystemExit(
+            f"{ours['algorithm']}: a step is {ours['training_tokens']} tokens here and "
+            f"{theirs['training_tokens']} in TRL: the two did not do the same work"
+        )
+    state = _BYTES_A_PARAMETER * ours["num_trained_parameters"]
+    above = [max(one["peak_memory_bytes"] - state, 1) for one in (ours, theirs)]
+    return {
+        "tokens_a_cpu_second": ours["tokens_a_cpu_second"] / theirs["tokens_a_cpu_second"],
+        "tokens_a_second": ours["tokens_a_second"] / theirs["tokens_a_second"],
+        "memory_above_state": above[0] / above[1],
+    }
 
 
 def _run(command: list[str]) -> dict[str, Any]:
@@ -95,20 +142,41 @@ def _run(command: list[str]) -> dict[str, Any]:
     return document
 
 
+def _lengths(text: str) -> tuple[int, int, int]:
+    prompt, _, completion = text.partition("+")
+    shortest, _, longest = completion.partition("..")
+    return int(prompt), int(shortest), int(longest or shortest)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face folder")
-    parser.add_argument("--algorithms", default="sft,rm,dpo,grpo,rloo")
-    parser.add_argument("--settings", default="defaults", help="defaults, fastest or both")
+    parser.add_argument("--algorithms", default=",".join(ALGORITHMS))
+    parser.add_argument("--settings", default="defaults,fastest", help="TRL's, one or both")
     parser.add_argument("--trl-python", default=".venv-trl/bin/python")
+    parser.add_argument("--trl-python-ppo", default=".venv-trl-ppo/bin/python")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--records", type=int, default=16, help="records or pairs of a step")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of a step, online")
     parser.add_argument("--group-size", type=int, default=4)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--completion-tokens", type=int, default=64)
+    parser.add_argument(
+        "--offline-lengths",
+        type=_lengths,
+        default=(16, 16, 496),
+        help="PROMPT+SHORTEST..LONGEST completion, in tokens; default 16+16..496",
+    )
+    parser.add_argument(
+        "--online-lengths",
+        type=_lengths,
+        default=(64, 64, 64),
+        help="PROMPT+COMPLETION; default 64+64",
+    )
+    parser.add_argument("--reference", choices=("pass", "cached"), default="pass", help="see step")
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
