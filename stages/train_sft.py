@@ -20,7 +20,8 @@ from schemas.requests import TrainSFTRequest
 from schemas.training import LoRAConfig, SFTConfig
 from stages import supervised
 from stages.data.records import read_records
-from stages.forward import hidden_states, weighted_logprobs_at
+from stages.forward import hidden_states
+from stages.fused_head import mean_cross_entropy_at
 from stages.models import load_base, max_positions, num_parameters, save_model, to_device
 from stages.packing import micro_batches, pack
 from stages.precision import use_precision
@@ -143,9 +144,9 @@ def micro_losses(
         index = torch.tensor(flat, dtype=torch.long, device=model.device)
         causal = _inner(model) if config.lora else model
         hidden = hidden_states(causal, batch)
-        weights = torch.full((len(flat),), -1 / denominator, device=model.device)
-        loss, _, entropy = weighted_logprobs_at(causal, hidden, index[:, 0], index[:, 1], weights)
-        yield supervised.MicroLoss(loss, {"entropy": entropy.sum().item() / denominator})
+        yield supervised.MicroLoss(
+            *mean_cross_entropy_at(causal, hidden, index[:, 0], index[:, 1], denominator)
+        )
 
 
 def _example(record: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> Example:
