@@ -1,4 +1,4 @@
-"""Servers that all tests share: each costs seconds to start."""
+"""Servers that the tests of a process share, since each costs seconds; and the order of files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests.servers import MlflowServer, PrefectServer
+
+_LONG = ("test_end_to_end.py", "test_worker.py", "test_mlflow_outage.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take a minute each go first: no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
 
 
 @pytest.fixture(scope="session")
