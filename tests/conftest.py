@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,12 @@ import pytest
 from tests.servers import MlflowServer, PrefectServer
 
 _LONG = ("test_end_to_end.py", "test_worker.py", "test_mlflow_outage.py")
+
+
+def pytest_configure() -> None:
+    """Undo what a shell does to jobs in the background: SIGINT ignored, in all that they start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
