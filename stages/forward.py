@@ -23,7 +23,7 @@ from stages.precision import compute_dtype, computing
 from stages.shared_critic import Critic, SharedCritic
 
 # Logits held at once, as elements of [chunk, vocabulary]: 128 MiB in fp32.
-_LOGIT_ELEMENTS = 2**25
+LOGIT_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def weighted_logprobs_at(
 
 
 def _chunk_size(weight: Tensor) -> int:
-    return max(_LOGIT_ELEMENTS // weight.shape[0], 1)
+    return max(LOGIT_ELEMENTS // weight.shape[0], 1)
 
 
 def completion_logprobs(

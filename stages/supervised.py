@@ -22,6 +22,7 @@ from stages.checkpoint import Checkpoint, Checkpoints
 from stages.memory import TokenBudget
 from stages.optimization import Optimizer
 from stages.ordering import records_at
+from stages.precision import weights_held
 from stages.resumption import data_cursor, go_back, refuse_ruined, regular_step, say_resumed
 from stages.stability import Stability, Unstable
 
@@ -143,7 +144,7 @@ def train(
         try:
             doing = f"training on step {done} of {num_steps} of {section}"
             batch = partial(micro_losses, indices)
-            metrics = _step(optimizer, batch, budget, stability, doing)
+            metrics = _step(model, optimizer, batch, budget, stability, doing)
             if regular:
                 refuse_ruined(checkpoints)
             metrics |= stability.metrics()
@@ -189,6 +190,7 @@ def train(
 
 
 def _step(
+    model: PreTrainedModel,
     optimizer: Optimizer,
     micro_losses: Callable[[int], Iterable[MicroLoss]],
     budget: TokenBudget,
@@ -210,7 +212,8 @@ def _step(
                 sums[name] = sums.get(name, 0.0) + value
         return sums
 
-    totals = budget.run(accumulate, optimizer.clear)
+    with weights_held(model):
+        totals = budget.run(accumulate, optimizer.clear)
     grad_norm = optimizer.clip()
     stability.check_grad_norm(grad_norm)
     return totals | {

@@ -20,7 +20,8 @@ from schemas.training import SFTConfig
 from stages import supervised
 from stages.adapters import add_adapters, merge
 from stages.data.records import read_records
-from stages.forward import hidden_states, weighted_logprobs_at
+from stages.forward import hidden_states
+from stages.fused_head import mean_cross_entropy_at
 from stages.models import load_base, max_positions, num_parameters, save_model, to_device
 from stages.packing import micro_batches, pack
 from stages.precision import use_precision
@@ -142,9 +143,9 @@ def micro_losses(
         ]
         index = torch.tensor(flat, dtype=torch.long, device=model.device)
         hidden = hidden_states(model, batch)
-        weights = torch.full((len(flat),), -1 / denominator, device=model.device)
-        loss, _, entropy = weighted_logprobs_at(model, hidden, index[:, 0], index[:, 1], weights)
-        yield supervised.MicroLoss(loss, {"entropy": entropy.sum().item() / denominator})
+        yield supervised.MicroLoss(
+            *mean_cross_entropy_at(model, hidden, index[:, 0], index[:, 1], denominator)
+        )
 
 
 def _example(record: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> Example:

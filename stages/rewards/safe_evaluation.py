@@ -66,7 +66,7 @@ def restrict() -> None:
     """Put this module between the scoring libraries, as far as they are imported, and `eval`."""
     import sympy.parsing.sympy_parser as parser
 
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():
         if name.startswith("reasoning_gym."):
             module.__dict__["eval"] = evaluate
     if getattr(parser.stringify_expr, "__module__", None) == __name__:

@@ -18,6 +18,7 @@ from stages.core.masks import masked_sum
 from stages.forward import completion_outputs, completion_values
 from stages.memory import TokenBudget
 from stages.optimization import Optimizer
+from stages.precision import weights_held
 from stages.rl.algorithms import OnlineAlgorithm
 from stages.rl.experience import Credit, Experience, TrainBatch
 from stages.rl.rollouts import single_update
@@ -88,31 +89,33 @@ def update(
         metrics: dict[str, float] = {}
         try:
             if train_policy:
-                metrics |= budget.run(
-                    lambda max_tokens, rows=rows: _policy_gradient(  # type: ignore[misc]
-                        learner,
-                        experience,
-                        batch,
-                        rows,
-                        algorithm,
-                        config,
-                        engine_is_exact,
-                        stability,
-                        max_tokens,
-                    ),
-                    learner.policy_optimizer.clear,
-                )
+                with weights_held(learner.policy):
+                    metrics |= budget.run(
+                        lambda max_tokens, rows=rows: _policy_gradient(  # type: ignore[misc]
+                            learner,
+                            experience,
+                            batch,
+                            rows,
+                            algorithm,
+                            config,
+                            engine_is_exact,
+                            stability,
+                            max_tokens,
+                        ),
+                        learner.policy_optimizer.clear,
+                    )
                 if not found:
                     # Before the first update of the batch, policy and engine must be the same.
                     _check_mismatch(metrics["mismatch_kl"], config)
             if learner.critic is not None and not (train_policy and learner.shared_critic):
                 assert learner.critic_optimizer is not None
-                metrics |= budget.run(
-                    lambda max_tokens, rows=rows: _critic_gradient(  # type: ignore[misc]
-                        learner, experience, batch, rows, algorithm, stability, max_tokens
-                    ),
-                    learner.critic_optimizer.clear,
-                )
+                with weights_held(learner.critic):
+                    metrics |= budget.run(
+                        lambda max_tokens, rows=rows: _critic_gradient(  # type: ignore[misc]
+                            learner, experience, batch, rows, algorithm, stability, max_tokens
+                        ),
+                        learner.critic_optimizer.clear,
+                    )
             found.append(metrics | _step(learner, train_policy, stability))
         except Unstable as problem:
             learner.clear()

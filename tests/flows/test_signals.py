@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -34,9 +34,19 @@ def wait_for(what: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that do not outlive the test; what they start dies with them."""
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.slow
 def test_a_run_that_is_stopped_or_killed_goes_on(
-    tracked_home: Home, files_recipe: Path, tmp_path: Path
+    tracked_home: Home, files_recipe: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
     home = tracked_home
     (tmp_path / "slow_records.py").write_text(GENERATOR)
@@ -51,7 +61,7 @@ def test_a_run_that_is_stopped_or_killed_goes_on(
     environment = {**os.environ, "PYTHONPATH": f"{repository}:{tmp_path}"}
 
     def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             cwd=tmp_path,
             env=environment,
@@ -59,6 +69,8 @@ def test_a_run_that_is_stopped_or_killed_goes_on(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+        started.append(process)
+        return process
 
     def ours(module: str) -> list[psutil.Process]:
         """Processes of a module that were started from here."""

@@ -22,7 +22,7 @@ pytestmark = [
 def test_logprobs_and_gradients_agree_with_the_cpu() -> None:
     cpu, _ = load_base(tiny_config(), seed=0)
     cuda = to_device(copy.deepcopy(cpu), torch.device("cuda"))
-    sequences = Sequences([[4, 5, 6], [7, 8]], [[9, 10, 1], [11, 12, 13, 1]], 0)
+    sequences = Sequences([[4, 5, 6], [7, 8]], [[9, 10, 1], [11, 12, 13, 1]])
     results = []
     for model in (cpu, cuda):
         logprobs, _ = completion_logprobs(model, sequences, 5, 0.7)
@@ -48,7 +48,6 @@ def test_native_sampling_carries_the_logprobs_of_the_model() -> None:
     sequences = Sequences(
         [rollout.prompt_ids for rollout in rollouts],
         [rollout.completion_ids for rollout in rollouts],
-        tokenizer.pad_token_id,
     )
     logprobs, _ = completion_logprobs(model, sequences, 8)
     for row, rollout in zip(logprobs.tolist(), rollouts, strict=True):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -192,6 +194,35 @@ def test_a_module_run_by_name_is_recorded_under_its_name(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "__main__", code)
     assert "__main__" not in loaded_code()
     assert "infra.code" in loaded_code()
+
+
+class Importing:
+    """Garbage that, collected, adds a module: what a finalizer or another thread may do."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.itself = self
+
+    def __del__(self) -> None:
+        self.names.append(f"imported_meanwhile_{len(self.names)}")
+        sys.modules[self.names[-1]] = ModuleType(self.names[-1])
+
+
+def test_an_import_in_the_middle_of_it_does_no_harm() -> None:
+    names: list[str] = []
+    threshold = gc.get_threshold()
+    # There are more modules than 100; old objects are left alone, which takes seconds.
+    gc.set_threshold(100, 10**6, 10**6)
+    try:
+        for _ in range(2):
+            gc.collect()  # takes the store of old tuples away: the next ones are counted
+            Importing(names)
+            loaded_code()
+    finally:
+        gc.set_threshold(*threshold)
+        for name in names:
+            del sys.modules[name]
+    assert names
 
 
 def test_changed_and_removed_files_are_named() -> None:

@@ -30,6 +30,7 @@ from stages import train_reward_model
 from stages.character_tokenizer import build_character_tokenizer
 from stages.core.losses import bradley_terry_loss
 from stages.forward import Sequences, all_completion_logprobs
+from stages.memory import TokenBudget
 from stages.models import load_policy, load_with_head
 from stages.rewards.composition import RewardBreakdown
 from stages.rl import dpo
@@ -37,6 +38,7 @@ from stages.rl.algorithms import OnlineAlgorithm, online_algorithm
 from stages.rl.experience import Experience
 from stages.rl.update import Learner, update
 from stages.rollout.types import Rollout
+from stages.stability import Stability
 from stages.train_reward_model import Pair
 
 trl = pytest.importorskip("trl", reason="TRL is not installed here; make test-trl has it")
@@ -147,8 +149,14 @@ def assert_agree(ours: tuple[float, Tensor], theirs: tuple[float, Tensor]) -> No
 class KeptGradient:
     """An optimizer that leaves weights and gradients as they are."""
 
-    def step(self) -> dict[str, float]:
-        return {}
+    def clear(self) -> None:
+        """Called before anything has been computed."""
+
+    def clip(self) -> float:
+        return 0.0
+
+    def step(self, scale: float) -> float:
+        return 0.0
 
 
 def theirs_online(
@@ -221,6 +229,10 @@ def ours_online(
         seed=0,
         train_policy=True,
         engine_is_exact=True,
+        stability=Stability(config.online.stability, "rl.online.stability"),
+        budget=TokenBudget(config.online.micro_batch_tokens, "rl.online"),
+        step=1,
+        record_ids=lambda rollouts: [],
     )
     return metrics["policy/loss"], gradient(policy), metrics["ratio/clip_fraction"]
 
@@ -406,7 +418,7 @@ def test_dpo(
     )
     ref_logprobs = dpo.reference_logprobs(reference, pairs, config)
     loss = 0.0
-    for micro in dpo.micro_losses(policy, pairs, ref_logprobs, config):
+    for micro in dpo.micro_losses(policy, pairs, ref_logprobs, config, config.micro_batch_tokens):
         micro.loss.backward()
         loss += micro.loss.item()
 
@@ -447,7 +459,7 @@ def test_reward_model(
         }
     )
     loss = 0.0
-    for micro in train_reward_model.micro_losses(model, pairs, config):
+    for micro in train_reward_model.micro_losses(model, pairs, config, config.micro_batch_tokens):
         micro.loss.backward()
         loss += micro.loss.item()
     assert_agree((loss, gradient(model)), (their_loss, their_gradient))

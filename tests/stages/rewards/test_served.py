@@ -66,16 +66,15 @@ def test_a_machine_without_vllm_is_told_what_to_install(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not WITH_VLLM, reason="vLLM is not installed")
-@pytest.mark.parametrize("kind", ["outcome", "process"])
+@pytest.mark.parametrize("kind", ["outcome", pytest.param("process", marks=pytest.mark.slow)])
 def test_vllm_agrees_with_torch_to_1e_4(tmp_path: Path, kind: str) -> None:
     """In float32; both add the numbers of a token up in another order."""
     folder = tmp_path / "model"
     with_head(tmp_path / "base", kind).save_pretrained(folder)
     letters(64).save_pretrained(folder)
-    own = load_scorer(folder, kind, torch.device("cpu"))
+    own = load_scorer(folder, kind, torch.device("cpu"), "float32")
     served = serve_model(folder, ServersConfig(start_timeout=1200))
     try:
         if kind == "outcome":

@@ -58,7 +58,13 @@ class Renewed:
     fresh: list[Rollout]
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(True, id="tied"),
+        pytest.param(False, id="untied", marks=pytest.mark.slow),
+    ],
+)
 def renewed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Renewed]:

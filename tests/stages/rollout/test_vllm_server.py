@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from schemas.base import UserError
 from schemas.rl import OnlineConfig, RolloutConfig, SamplingConfig
 from stages.rewards.composition import RewardBreakdown
 from stages.rl.batches import Batches
@@ -39,7 +40,6 @@ CONFIG = RolloutConfig.model_validate(
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.slow,
     # A busy machine takes minutes to start a server.
     pytest.mark.timeout(1800),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
@@ -181,17 +181,29 @@ def test_a_lagging_batch_is_drawn_by_the_weights_before(server: Server) -> None:
     server.engine.update_weights(server.model, 5)
 
 
+def test_tokens_of_weights_that_somebody_else_has_set_are_refused(server: Server) -> None:
+    server.replica.client.post("/update_weight_version", {"new_version": "9"}, timeout=60)
+    with pytest.raises(UserError, match=r"weights of version .*'9'(?s:.*)servers of its own"):
+        server.engine.generate(PROMPTS, GREEDY, num_samples=1, seed=0)
+    server.engine.update_weights(server.model, 5)
+
+
 def test_killed_in_the_middle_of_a_generation(server: Server) -> None:
     signal_while_it_draws(server, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_hung_in_the_middle_of_a_generation(server: Server) -> None:
     signal_while_it_draws(server, signal.SIGSTOP)
 
 
 def signal_while_it_draws(server: Server, number: signal.Signals) -> None:
-    """Signal the server once its engine has drawn some tokens; nothing may be missing after."""
+    """Signal the server once its engine has drawn some tokens.
+
+    Nothing may be missing after it, and no process of the old server be left.
+    """
     engine, replica = server.engine, server.replica
+    below: list[int] = []
     restarts = engine.report()["engine/num_restarts"]
     first = progress(replica.client, 10)
 
@@ -200,6 +212,7 @@ def signal_while_it_draws(server: Server, number: signal.Signals) -> None:
             time.sleep(0.02)
         pid = replica.pid
         assert pid is not None
+        below.extend(descendants(pid))
         # A hang stops the whole group, its engine too; a kill is of the leader alone.
         (os.kill if number == signal.SIGKILL else os.killpg)(pid, number)
 
@@ -214,6 +227,8 @@ def signal_while_it_draws(server: Server, number: signal.Signals) -> None:
     assert [len(r.completion_ids) for r in rollouts] == [250] * 30
     assert {r.policy_version for r in rollouts} == {5}
     assert engine.report()["engine/num_restarts"] == restarts + 1
+    assert below
+    assert [pid for pid in below if alive(pid)] == []
     for rollout in rollouts[::7]:
         exact = exact_logprobs(server.model, rollout, 1.0)
         assert rollout.rollout_logprobs == pytest.approx(exact, abs=1e-3)
@@ -233,6 +248,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_stage_that_is_killed(tmp_path: Path) -> None:
     """Killed while it draws; neither the server nor vLLM's engine and worker may stay."""
     stage = subprocess.Popen(
