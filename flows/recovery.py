@@ -1,14 +1,15 @@
-"""Brings a scheduled run back whose process has died: two automations a deployment.
+"""Brings a scheduled run back whose process has died: three automations a deployment.
 
 A worker says that a run crashed whose process it sees ending. Where the worker died with it, nobody
 does: then the run's heartbeat is missing. A crashed run is scheduled again, and goes on from its
-last checkpoints.
+last checkpoints. A busy server may lose that action, and Prefect does not try it again: so a run
+that stays crashed is scheduled a minute later.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ HEARTBEAT_SECONDS = 30
 """How often a run says that it is alive; Prefect allows no less."""
 _HEARTBEAT = "prefect.flow-run.heartbeat"
 _CRASHED = "prefect.flow-run.Crashed"
+_ANY = "prefect.flow-run.*"
+_OVERLOOKED = timedelta(seconds=60)
+"""How long a run may stay crashed before it is tried again to bring it back."""
 
 
 def set_recovery(
@@ -33,7 +37,8 @@ def set_recovery(
 
     with get_client(sync_client=True) as client:
         _put(client, _silent(deployment_id, full_name, silence_seconds))
-        _put(client, _back(deployment_id, full_name, recoveries))
+        _put(client, _back(deployment_id, full_name, recoveries, at_once=True))
+        _put(client, _back(deployment_id, full_name, recoveries, at_once=False))
 
 
 def _silent(deployment_id: UUID, full_name: str, silence_seconds: float) -> AutomationCore:
@@ -47,8 +52,8 @@ def _silent(deployment_id: UUID, full_name: str, silence_seconds: float) -> Auto
         trigger=EventTrigger(
             after={_HEARTBEAT},
             # The last event of a run has the name of its final state, and that can be any.
-            expect={"prefect.flow-run.*"},
-            match={"prefect.resource.id": ["prefect.flow-run.*"]},
+            expect={_ANY},
+            match={"prefect.resource.id": [_ANY]},
             match_related=_of(deployment_id),
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
@@ -64,26 +69,34 @@ def _silent(deployment_id: UUID, full_name: str, silence_seconds: float) -> Auto
     )
 
 
-def _back(deployment_id: UUID, full_name: str, recoveries: int) -> AutomationCore:
+def _back(deployment_id: UUID, full_name: str, recoveries: int, *, at_once: bool) -> AutomationCore:
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
+    # At once, on the event of the crash; or later, where no other event of the run has followed it.
+    when: dict[str, Any] = {"posture": Posture.Reactive, "expect": {_CRASHED}}
+    if not at_once:
+        when = {
+            "posture": Posture.Proactive,
+            "after": {_CRASHED},
+            "expect": {_ANY},
+            "within": _OVERLOOKED,
+        }
     return AutomationCore(
-        name=f"{full_name}: back after a crash",
+        name=f"{full_name}: back after a crash" + ("" if at_once else " that was overlooked"),
         description=f"A crashed run is started again, {recoveries} times at most.",
         enabled=recoveries > 0,
         trigger=EventTrigger(
-            expect={_CRASHED},
             match={
-                "prefect.resource.id": ["prefect.flow-run.*"],
+                "prefect.resource.id": [_ANY],
                 # The event says how often the run was started: what never started is not in here.
                 "prefect.run-count": [str(count) for count in range(1, max(recoveries, 1) + 1)],
             },
             match_related=_of(deployment_id),
             for_each={"prefect.resource.id"},
-            posture=Posture.Reactive,
             threshold=1,
+            **when,
         ),
         actions=[
             ChangeFlowRunState(
