@@ -134,15 +134,16 @@ def test_the_automations_of_a_deployment_are_made_once_and_changed(
     deploy(made, "auto", NIGHTLY)
     first = automations()
     deploy(made, "auto", Schedule("0 2 * * *", recoveries=1, silence=90))
-    back, silent = automations()
-    assert [one["id"] for one in (back, silent)] == [one["id"] for one in first]
+    back, overlooked, silent = automations()
+    assert [one["id"] for one in (back, overlooked, silent)] == [one["id"] for one in first]
     assert first[0]["trigger"]["match"]["prefect.run-count"] == ["1", "2", "3"]
-    assert back["trigger"]["match"]["prefect.run-count"] == ["1"]
-    assert (first[1]["trigger"]["within"], silent["trigger"]["within"]) == (300.0, 90.0)
+    for one in (back, overlooked):
+        assert one["trigger"]["match"]["prefect.run-count"] == ["1"]
+    assert (first[2]["trigger"]["within"], silent["trigger"]["within"]) == (300.0, 90.0)
     identifier = real_prefect.deployment("auto")["id"]
-    for one in (back, silent):
+    for one in (back, overlooked, silent):
         assert one["enabled"] is True
         related = one["trigger"]["match_related"]
         assert related["prefect.resource.id"] == f"prefect.deployment.{identifier}"
     deploy(made, "auto", Schedule("0 2 * * *", recoveries=0))
-    assert [one["enabled"] for one in automations()] == [False, True]
+    assert [one["enabled"] for one in automations()] == [False, False, True]

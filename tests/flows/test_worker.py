@@ -203,9 +203,9 @@ class Training(Deployed):
         ]
 
     def is_registered(self) -> bool:
-        """Whether the server has the deployment and both of its automations."""
+        """Whether the server has the deployment and all of its automations."""
         names = [one["name"] for one in self.server.ask("automations/filter")]
-        return sum(name.startswith(f"posttrain/{self.name}:") for name in names) == 2
+        return sum(name.startswith(f"posttrain/{self.name}:") for name in names) == 3
 
     def record(self) -> Any:
         (record,) = Runs(self.home.store.root).all()
