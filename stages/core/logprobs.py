@@ -14,8 +14,10 @@ from torch.nn import functional
 
 from stages.core.masks import upcast
 
-# Rows of log-probabilities that stay in cache between the passes over them: 4 MiB in float32.
-_CACHED_ELEMENTS = 2**20
+# Rows of logits that stay in cache between the passes over them: 1 MiB in float32.
+_CACHED_ELEMENTS = 2**18
+# Logits that wait for the backward pass, 128 MiB in bfloat16; those of more tokens are made again.
+_KEPT_ELEMENTS = 2**26
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -51,10 +53,10 @@ def chunked_token_logprobs(
 
     hidden [_N, _H], weight [_V, _H], targets long [_N], bias [_V]. Returns (logprobs [_N],
     entropy [_N]); logprobs are differentiable in hidden, weight and bias, entropy is detached.
-    Logits exist for chunk_size tokens at a time; the backward pass computes them again. The
-    product is in the dtype of hidden, as the model's own head would do it; the softmax, and the
-    sum of the weight's gradient over chunks, are in float32 or float64. Raises ValueError unless
-    temperature > 0 and chunk_size >= 1.
+    Logits exist for chunk_size tokens at a time, but the last few chunks' wait for the backward
+    pass; it computes those before them again. The product is in the dtype of hidden, as the model's
+    own head would do it; the softmax, and the sum of the weight's gradient over chunks, are in
+    float32 or float64. Raises ValueError unless temperature > 0 and chunk_size >= 1.
     """
     head = _Head(temperature, chunk_size)
     logprobs, entropy = _TokenLogprobs.apply(hidden, weight, bias, targets, head)  # type: ignore[no-untyped-call]
@@ -86,24 +88,37 @@ class _Head:
     """The output head, a chunk of tokens at a time."""
 
     def __init__(self, temperature: float, chunk_size: int) -> None:
+        """To be made outside of autograd functions: inside, nobody knows whether a gradient is
+        wanted."""
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         self.temperature = temperature
         self.chunk_size = chunk_size
+        self._wants_gradient = torch.is_grad_enabled()
 
     def chunks(self, num_tokens: int) -> list[slice]:
         """Which tokens go through the product together."""
         return _slices(num_tokens, self.chunk_size)
 
-    def log_probs(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Log-softmax of tempered logits [chunk, _V], some rows at a time.
+    def probabilities(self, logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Copies of tempered logits [chunk, _V], and their softmax, some rows at a time.
 
-        As many as a processor's cache holds, so that what is done to them next finds them there.
+        On a processor as many as its cache holds, so that what is done to them next finds them
+        there.
         """
-        for rows in _slices(len(logits), max(_CACHED_ELEMENTS // logits.shape[1], 1)):
-            yield rows, _log_softmax(logits[rows], self.temperature)
+        size = max(_CACHED_ELEMENTS // logits.shape[1], 1)
+        for rows in _slices(len(logits), size if logits.device.type == "cpu" else len(logits)):
+            tempered = logits[rows].to(upcast(logits.new_empty(0)).dtype, copy=True)
+            if self.temperature != 1:
+                tempered.div_(self.temperature)
+            yield rows, tempered, tempered.softmax(dim=-1)
+
+    def num_kept(self, num_tokens: int, vocab_size: int) -> int:
+        """Of how many chunks, the last ones, logits wait for the backward pass."""
+        chunk = max(min(self.chunk_size, num_tokens), 1) * vocab_size
+        return _KEPT_ELEMENTS // chunk if self._wants_gradient else 0
 
 
 class _Gradients:
@@ -152,15 +167,20 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.head = head
+        ctx.kept = {}
         product_weight = weight.to(hidden.dtype)
-        logprobs, entropy = [], []
-        for chunk in head.chunks(len(hidden)):
+        found: list[tuple[Tensor, Tensor]] = []
+        chunks = head.chunks(len(hidden))
+        first_kept = len(chunks) - head.num_kept(len(hidden), len(weight))
+        for number, chunk in enumerate(chunks):
             logits = functional.linear(hidden[chunk], product_weight, bias)
-            for rows, log_probs in head.log_probs(logits):
-                logprobs.append(_gather(log_probs, targets[chunk][rows]))
-                entropy.append(_entropy_value(log_probs))
-        ctx.mark_non_differentiable(joined := _joined(entropy, hidden))
-        return _joined(logprobs, hidden), joined
+            if number >= first_kept:
+                ctx.kept[number] = logits
+            for rows, tempered, probs in head.probabilities(logits):
+                found.append(_logprobs_and_entropy(tempered, probs, targets[chunk][rows]))
+        logprobs, entropy = _joined(found, hidden)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -168,11 +188,13 @@ class _TokenLogprobs(torch.autograd.Function):
         head: _Head = ctx.head
         product_weight = weight.to(hidden.dtype)
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        for chunk in head.chunks(len(hidden)):
-            logits = functional.linear(hidden[chunk], product_weight, bias)
-            for rows, log_probs in head.log_probs(logits):
+        for number, chunk in enumerate(head.chunks(len(hidden))):
+            logits = ctx.kept.pop(number, None)
+            if logits is None:
+                logits = functional.linear(hidden[chunk], product_weight, bias)
+            for rows, _tempered, probs in head.probabilities(logits):
                 logits[rows] = gradients.to_logits(
-                    log_probs.exp_(), targets[chunk][rows], upstream[chunk][rows], head.temperature
+                    probs, targets[chunk][rows], upstream[chunk][rows], head.temperature
                 )
             gradients.add(chunk, logits, hidden[chunk], product_weight)
         return gradients.hidden, gradients.weight, gradients.bias, None, None
@@ -191,22 +213,20 @@ class _WeightedSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         product_weight = weight.to(hidden.dtype)
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        logprobs, entropy = [], []
+        found: list[tuple[Tensor, Tensor]] = []
         for chunk in head.chunks(len(hidden)):
             logits = functional.linear(hidden[chunk], product_weight, bias)
-            for rows, log_probs in head.log_probs(logits):
-                logprobs.append(_gather(log_probs, targets[chunk][rows]))
-                probs = log_probs.exp()
-                # Minus p log p, in place; NaN there is 0 * -inf and nothing else.
-                entropy.append(-log_probs.mul_(probs).nansum(dim=-1))
+            for rows, tempered, probs in head.probabilities(logits):
+                own = targets[chunk][rows]
+                found.append(_logprobs_and_entropy(tempered, probs, own))
                 logits[rows] = gradients.to_logits(
-                    probs, targets[chunk][rows], token_weights[chunk][rows], head.temperature
+                    probs, own, token_weights[chunk][rows], head.temperature
                 )
             gradients.add(chunk, logits, hidden[chunk], product_weight)
         ctx.gradients = gradients
-        found = _joined(logprobs, hidden), _joined(entropy, hidden)
-        ctx.mark_non_differentiable(*found)
-        return (token_weights * found[0]).sum(), *found
+        logprobs, entropy = _joined(found, hidden)
+        ctx.mark_non_differentiable(logprobs, entropy)
+        return (token_weights * logprobs).sum(), logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -228,8 +248,28 @@ def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _joined(parts: Sequence[Tensor], hidden: Tensor) -> Tensor:
-    return torch.cat(list(parts)) if parts else upcast(hidden.new_zeros(0))
+def _joined(parts: Sequence[tuple[Tensor, Tensor]], hidden: Tensor) -> tuple[Tensor, Tensor]:
+    if not parts:
+        nothing = upcast(hidden.new_zeros(0))
+        return nothing, nothing.clone()
+    logprobs, entropy = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropy)
+
+
+def _logprobs_and_entropy(
+    tempered: Tensor, probs: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, and the entropy, [rows] each; overwrites tempered logits.
+
+    By way of the likeliest token, whose probability never underflows: log p = l - l_max + log
+    p_max. A softmax is far cheaper than an exp of log-softmax.
+    """
+    tempered.sub_(tempered.amax(dim=-1, keepdim=True))
+    log_likeliest = probs.amax(dim=-1).log()
+    logprobs = _gather(tempered, targets) + log_likeliest
+    # A banned token adds 0, not 0 * -inf.
+    tempered.clamp_(min=torch.finfo(tempered.dtype).min)
+    return logprobs, -(torch.linalg.vecdot(probs, tempered) + log_likeliest)
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -247,8 +287,3 @@ def _entropy(log_probs: Tensor) -> Tensor:
     probs = log_probs.exp()
     # 0 * -inf is NaN, in the value and in the gradient, unless the -inf is replaced first.
     return -(probs * torch.where(probs > 0, log_probs, 0.0)).sum(dim=-1)
-
-
-def _entropy_value(log_probs: Tensor) -> Tensor:
-    """`_entropy` without a gradient, in fewer passes; NaN here is 0 * -inf and nothing else."""
-    return -log_probs.exp().mul_(log_probs).nansum(dim=-1)

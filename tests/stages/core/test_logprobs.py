@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stages.core import logprobs as logprobs_module
 from stages.core.logprobs import (
     chunked_token_logprobs,
     token_logprobs,
@@ -164,19 +165,61 @@ class Watch(TorchDispatchMode):
         return sum(numel >= min_numel and ref() is not None for numel, ref in self.seen)
 
 
-def test_chunked_never_holds_more_than_a_chunk_of_logits() -> None:
+def test_chunked_never_makes_more_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs_module, "_KEPT_ELEMENTS", 3 * 4 * 50)
     hidden = random(64, 2).requires_grad_()
     weight = random(50, 2, seed=1).requires_grad_()
     targets = torch.zeros(64, dtype=torch.long)
     with Watch() as watch:
         logprobs, _ = chunked_token_logprobs(hidden, weight, targets, chunk_size=4)
-        assert watch.num_alive(min_numel=4 * 50) == 0  # no chunk is kept for the backward pass
+        assert watch.num_alive(min_numel=4 * 50) == 3  # these wait for the backward pass
         logprobs.sum().backward()
     assert watch.largest == 4 * 50
+    with Watch() as watch, torch.no_grad():
+        logprobs, _ = chunked_token_logprobs(hidden, weight, targets, chunk_size=4)
+        assert watch.num_alive(min_numel=4 * 50) == 0
     with Watch() as watch:  # and the watch does see what it should
         logprobs = token_logprobs(hidden @ weight.T, targets)
         assert watch.num_alive(min_numel=4 * 50) > 0
     assert watch.largest == 64 * 50
+
+
+def test_kept_logits_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for kept in (0, 1, 100):
+        monkeypatch.setattr(logprobs_module, "_KEPT_ELEMENTS", kept * 2 * 5)
+        hidden = random(7, 3).bfloat16().requires_grad_()
+        weight = random(5, 3, seed=1).float().requires_grad_()
+        targets = torch.tensor([0, 1, 2, 3, 4, 0, 1])
+        logprobs, entropy = chunked_token_logprobs(hidden, weight, targets, 0.6, 2)
+        loss = (logprobs * random(7, seed=3).float()).sum()
+        # A second backward pass makes again what the first has used up.
+        first, again = (
+            torch.autograd.grad(loss, [hidden, weight], retain_graph=True) for _ in range(2)
+        )
+        found.append((logprobs.detach(), entropy, *first, *again))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+def test_chunked_at_the_edges_of_what_numbers_can_hold() -> None:
+    """A banned token, and one whose probability underflows."""
+    weight = torch.tensor([[0.0], [1.0], [2.0], [3.0]]).requires_grad_()
+    bias = torch.tensor([-math.inf, 0.0, 0.0, 0.0])
+    hidden = torch.tensor([[1.0], [300.0]]).requires_grad_()
+    targets = torch.tensor([2, 1])
+    logprobs, entropy = chunked_token_logprobs(hidden, weight, targets, bias=bias)
+    log_sum = math.log(math.exp(1) + math.exp(2) + math.exp(3))
+    probs = [math.exp(x - log_sum) for x in (1, 2, 3)]
+    torch.testing.assert_close(logprobs.detach(), torch.tensor([2 - log_sum, -600.0]))
+    torch.testing.assert_close(
+        entropy, torch.tensor([-sum(p * math.log(p) for p in probs), 0.0]), atol=1e-6, rtol=1e-6
+    )
+    logprobs.sum().backward()
+    assert hidden.grad is not None and bool(hidden.grad.isfinite().all())
+    # d/dh of log p_1 at h = 300: w_1 - E[w] = 1 - 3.
+    torch.testing.assert_close(hidden.grad[1], torch.tensor([-2.0]))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 100])
