@@ -166,7 +166,8 @@ class OnlineConfig(Frozen):
     num_mini_batches: int = Field(default=1, ge=1)
     """Optimizer steps in one pass over a rollout batch."""
     micro_batch_tokens: int = Field(default=16384, ge=8)
-    """Token slots that go through the model at once."""
+    """Most tokens that go through the model at once; fewer where measured memory does not hold
+    them."""
     precision: Precision = "float32"
     """Number format of the matrix products, sampling's too; weights stay in float32."""
     lora: LoRAConfig | None = None

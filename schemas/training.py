@@ -106,7 +106,8 @@ class SupervisedConfig(Frozen):
     max_length: int = Field(ge=8)
     """Longest sequence in tokens; longer ones are cut, counted and reported."""
     micro_batch_tokens: int = Field(default=8192, ge=8)
-    """Token slots that go through the model at once."""
+    """Most tokens that go through the model at once; fewer where measured memory does not hold
+    them."""
     precision: Precision = "float32"
     """Number format of the matrix products; weights and optimizer state stay in float32."""
     checkpoint_every: int = Field(default=100, ge=1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from infra.files import write_atomic
 from schemas.base import UserError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,31 @@ class TokenBudget:
     def __init__(self, tokens: int, section: str) -> None:
         self.tokens = tokens
         self._section = section
+
+    def fit(self, bytes_a_token: float, free: float, kept_in: Path) -> None:
+        """Lower the budget to what `free` bytes hold, at bytes_a_token.
+
+        The kernel kills a process on the CPU without an error that could be answered, so this is
+        found out before. What is free is another number in each attempt: the budget of the first
+        one is kept in a file, and later ones read it.
+        """
+        if kept_in.exists():
+            self.tokens = int(json.loads(kept_in.read_text(encoding="utf-8"))["tokens"])
+            return
+        fitting = max(int(free / bytes_a_token), _LEAST)
+        if fitting < self.tokens:
+            logger.warning(
+                "%s.micro_batch_tokens is %d, but memory holds %d tokens at once (%.2f MB each, "
+                "%.2f GB left for them): going on with that",
+                self._section,
+                self.tokens,
+                fitting,
+                bytes_a_token / 1e6,
+                free / 1e9,
+            )
+            self.tokens = fitting
+        kept_in.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(kept_in, json.dumps({"tokens": self.tokens}) + "\n")
 
     def run(self, work: Callable[[int], _Result], clear: Callable[[], None]) -> _Result:
         """`work(tokens)`, again with half of them for as long as memory runs out.

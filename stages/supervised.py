@@ -19,6 +19,7 @@ from schemas.base import UserError
 from schemas.training import SupervisedConfig
 from stages import heartbeat, termination
 from stages.checkpoint import Checkpoint, Checkpoints
+from stages.measured_memory import fitted_budget
 from stages.memory import TokenBudget
 from stages.optimization import Optimizer
 from stages.ordering import records_at
@@ -124,7 +125,7 @@ def train(
     optimizer = Optimizer.create(model, settings.optimizer, num_steps)
     checkpoints = Checkpoints(run_dir / "checkpoints", {"model": model}, {"model": optimizer})
     stability = Stability(settings.stability, f"{section}.stability")
-    budget = TokenBudget(settings.micro_batch_tokens, section)
+    budget = fitted_budget(settings.micro_batch_tokens, section, [model], run_dir)
     progress = _Progress(stability, budget)
     torch.manual_seed(seed)
     checkpoint = checkpoints.resume()

@@ -16,6 +16,7 @@ STAGES_MAY_USE = {
     "infra.files",
     "infra.heartbeat",
     "infra.launch",
+    "infra.memory",
     "infra.redaction",
     "infra.store",
     "infra.tracking",

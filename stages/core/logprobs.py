@@ -17,7 +17,7 @@ from stages.core.masks import upcast
 # Rows of logits that stay in cache between the passes over them: 1 MiB in float32.
 _CACHED_ELEMENTS = 2**18
 # Logits that wait for the backward pass, 128 MiB in bfloat16; those of more tokens are made again.
-_KEPT_ELEMENTS = 2**26
+KEPT_ELEMENTS = 2**26
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -118,7 +118,7 @@ class _Head:
     def num_kept(self, num_tokens: int, vocab_size: int) -> int:
         """Of how many chunks, the last ones, logits wait for the backward pass."""
         chunk = max(min(self.chunk_size, num_tokens), 1) * vocab_size
-        return _KEPT_ELEMENTS // chunk if self._wants_gradient else 0
+        return KEPT_ELEMENTS // chunk if self._wants_gradient else 0
 
 
 class _Gradients:

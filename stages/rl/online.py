@@ -21,6 +21,7 @@ from stages.adapters import has_adapters
 from stages.checkpoint import Checkpoint, Checkpoints
 from stages.core.kl import kl_k1
 from stages.core.masks import masked_sum
+from stages.measured_memory import fitted_budget
 from stages.memory import TokenBudget
 from stages.optimization import Optimizer
 from stages.resumption import data_cursor, go_back, refuse_ruined, regular_step, say_resumed
@@ -176,7 +177,12 @@ def train(
         batches=Batches(engine, sampler, stream, models.policy, config, partial(_seed, seed)),
         probe=HeldOutProbe(engine, rewarder, held_out, config),
         stability=Stability(config.stability, "rl.online.stability"),
-        budget=TokenBudget(config.micro_batch_tokens, "rl.online"),
+        budget=fitted_budget(
+            config.micro_batch_tokens,
+            "rl.online",
+            [models.policy, *([models.critic] if models.critic is not None else [])],
+            run_dir,
+        ),
         checkpoints=_checkpoints(run_dir, learner),
         traces=Traces(run_dir / "traces", config, decode),
         engine_is_exact=engine_is_exact,

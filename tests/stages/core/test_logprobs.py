@@ -166,7 +166,7 @@ class Watch(TorchDispatchMode):
 
 
 def test_chunked_never_makes_more_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs_module, "_KEPT_ELEMENTS", 3 * 4 * 50)
+    monkeypatch.setattr(logprobs_module, "KEPT_ELEMENTS", 3 * 4 * 50)
     hidden = random(64, 2).requires_grad_()
     weight = random(50, 2, seed=1).requires_grad_()
     targets = torch.zeros(64, dtype=torch.long)
@@ -187,7 +187,7 @@ def test_chunked_never_makes_more_than_a_chunk_of_logits(monkeypatch: pytest.Mon
 def test_kept_logits_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for kept in (0, 1, 100):
-        monkeypatch.setattr(logprobs_module, "_KEPT_ELEMENTS", kept * 2 * 5)
+        monkeypatch.setattr(logprobs_module, "KEPT_ELEMENTS", kept * 2 * 5)
         hidden = random(7, 3).bfloat16().requires_grad_()
         weight = random(5, 3, seed=1).float().requires_grad_()
         targets = torch.tensor([0, 1, 2, 3, 4, 0, 1])
