@@ -169,6 +169,9 @@ class OnlineConfig(Frozen):
     """Token slots that go through the model at once."""
     precision: Precision = "float32"
     """Number format of the matrix products, sampling's too; weights stay in float32."""
+    gradient_checkpointing: bool = False
+    """Policy and critic keep the input of each layer alone, and compute the layer again in the
+    backward pass: memory for about a quarter more time. The results are the same, so it enters no fingerprint."""
     lora: LoRAConfig | None = None
     """Train low-rank adapters in place of all the weights; without them the policy is the SFT
     policy, so no second model is loaded as the reference. Of a critic, `separate` still trains all
@@ -393,3 +396,8 @@ class RLConfig(Frozen):
         if self.algorithm != "dpo":
             keep["online"] = self.online
         return RLConfig.model_validate(keep)
+
+    def content(self) -> dict[str, object]:
+        """What enters a fingerprint."""
+        same_results = {"gradient_checkpointing"}
+        return self.model_dump(mode="json", exclude={"online": same_results, "dpo": same_results})

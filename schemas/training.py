@@ -109,6 +109,9 @@ class SupervisedConfig(Frozen):
     """Token slots that go through the model at once."""
     precision: Precision = "float32"
     """Number format of the matrix products; weights and optimizer state stay in float32."""
+    gradient_checkpointing: bool = False
+    """Keep the input of each layer alone, and compute the layer again in the backward pass: memory
+    for about a quarter more time. The results are the same, so it enters no fingerprint."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Optimizer steps between checkpoints."""
     log_every: int = Field(default=10, ge=1)
@@ -117,6 +120,10 @@ class SupervisedConfig(Frozen):
     """The stage stops before training if a larger share of the records had to be cut."""
     stability: StabilityConfig = StabilityConfig()
     """What is done about losses and gradients that would ruin the model."""
+
+    def content(self) -> dict[str, object]:
+        """What enters a fingerprint."""
+        return self.model_dump(mode="json", exclude={"gradient_checkpointing"})
 
 
 class SFTConfig(SupervisedConfig):
