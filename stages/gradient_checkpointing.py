@@ -20,8 +20,8 @@ def use_gradient_checkpointing(model: PreTrainedModel, wanted: bool, section: st
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
         raise UserError(
-            f"{section}.gradient_checkpointing is true, but {type(model).__name__} does not support "
-            f"it: set it to false, and {section}.micro_batch_tokens lower if memory runs out"
+            f"{section}.gradient_checkpointing is true, but {type(model).__name__} cannot do it: "
+            f"set it to false, and {section}.micro_batch_tokens lower if memory runs out"
         ) from error
     # That the embedding's output asks for a gradient is for reentrant checkpoints alone: below
     # adapters, the first layer would compute a gradient that nobody wants.
