@@ -52,7 +52,9 @@ class BFloat16Weights:
         """The weight in bfloat16, detached."""
         found = self._copies.get(id(weight))
         if found is None:
-            found = weight.detach().to(torch.bfloat16)
+            # A pass for inference may be the first of a region whose later ones are for training.
+            with torch.inference_mode(False):
+                found = weight.detach().to(torch.bfloat16)
             if self._depth:
                 self._copies[id(weight)] = found
         return found

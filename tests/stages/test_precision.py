@@ -89,3 +89,13 @@ def test_where_layers_are_computed_again_copies_are_held_for_sampling_alone() ->
                 model.base_model.layers[0].mlp.up_proj.weight.mul_(0.5)
                 after, _ = completion_logprobs(model, SEQUENCES, 60)
             assert torch.equal(before, after) is not (saving and training)
+
+
+def test_a_region_may_begin_with_inference_and_go_on_with_training() -> None:
+    model, other = fresh("bfloat16"), fresh("bfloat16")
+    with weights_held(model):
+        with torch.inference_mode():
+            before, _ = completion_logprobs(model, SEQUENCES, 60)
+        found = gradient(model)
+    assert before.any()
+    assert torch.equal(found, gradient(other))
