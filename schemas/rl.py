@@ -171,8 +171,8 @@ class OnlineConfig(Frozen):
     """Number format of the matrix products, sampling's too; weights stay in float32."""
     gradient_checkpointing: bool = False
     """Policy and critic keep the input of each layer alone, and compute the layer again in the
-    backward pass: memory for about a quarter more time. The results are the same, so it enters no
-    fingerprint."""
+    backward pass: less memory for about a third more time in the update. Results are the same, so
+    it enters no fingerprint."""
     lora: LoRAConfig | None = None
     """Train low-rank adapters in place of all the weights; without them the policy is the SFT
     policy, so no second model is loaded as the reference. Of a critic, `separate` still trains all
