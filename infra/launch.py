@@ -41,8 +41,11 @@ _DEFAULTS = {
     # Threads that spin while they wait take the core from those that work.
     "OMP_WAIT_POLICY": "passive",
     # Keep large buffers between steps: giving them back means a page fault for each page again.
+    # No lists of small pieces (the last two): what is left over where a tensor is aligned would lie
+    # in one, and the gap that the tensor leaves would be too small for the next of its size.
     "GLIBC_TUNABLES": (
         "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+        ":glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
     ),
 }
 """What a stage's process finds in its environment unless it is set already."""

@@ -11,9 +11,18 @@ from schemas.data import DataSource
 from schemas.model import ModelConfig
 from schemas.requests import StageRequest
 from schemas.rewards import RewardConfig
-from schemas.rl import RolloutConfig
+from schemas.rl import RLConfig, RolloutConfig
+from schemas.training import SupervisedConfig
 
 _LEFT_OUT = {"fingerprint", "runtime"}
+_WITH_CONTENT = (
+    ModelConfig,
+    DataSource,
+    RewardConfig,
+    RolloutConfig,
+    RLConfig,
+    SupervisedConfig,
+)
 
 
 def canonical_json(value: object) -> str:
@@ -47,7 +56,7 @@ def fingerprint(request: StageRequest) -> str:
 def _identity(value: Any) -> Any:
     if isinstance(value, Artifact):
         return value.sha256
-    if isinstance(value, (ModelConfig, DataSource, RewardConfig, RolloutConfig)):
+    if isinstance(value, _WITH_CONTENT):
         return value.content()
     if isinstance(value, tuple):
         return [_identity(item) for item in value]

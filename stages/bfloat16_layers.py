@@ -24,6 +24,9 @@ from transformers.activations import SiLUActivation
 _WEIGHTS = "_posttrain_bfloat16_weights"
 _ROTATION = "apply_rotary_pos_emb"
 
+# Far above where a product with a normalised state would lose digits of bfloat16.
+_LEAST_DIVISOR = 1e-20
+
 
 class BFloat16Weights:
     """Copies of weights, made once in a region in which no weight changes."""
@@ -31,6 +34,7 @@ class BFloat16Weights:
     def __init__(self) -> None:
         self._depth = 0
         self._copies: dict[int, Tensor] = {}
+        self._invertible: dict[int, bool] = {}
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -42,14 +46,26 @@ class BFloat16Weights:
             self._depth -= 1
             if self._depth == 0:
                 self._copies.clear()
+                self._invertible.clear()
 
     def of(self, weight: Tensor) -> Tensor:
         """The weight in bfloat16, detached."""
         found = self._copies.get(id(weight))
         if found is None:
-            found = weight.detach().to(torch.bfloat16)
+            # A pass for inference may be the first of a region whose later ones are for training.
+            with torch.inference_mode(False):
+                found = weight.detach().to(torch.bfloat16)
             if self._depth:
                 self._copies[id(weight)] = found
+        return found
+
+    def can_divide(self, weight: Tensor) -> bool:
+        """Whether what was multiplied by the weight can be had again: no element is near 0."""
+        found = self._invertible.get(id(weight))
+        if found is None:
+            found = weight.detach().abs().amin().item() >= _LEAST_DIVISOR
+            if self._depth:
+                self._invertible[id(weight)] = found
         return found
 
 
@@ -170,8 +186,13 @@ def _rms_norm_forward(self: Any, states: Tensor) -> Tensor:
     if not _is_on(states):
         plain: Tensor = type(self).forward(self, states)
         return plain
+    weights: BFloat16Weights = getattr(self, _WEIGHTS)
     found: Tensor = _RMSNorm.apply(  # type: ignore[no-untyped-call]
-        states, self.weight, self.variance_epsilon, torch.bfloat16
+        states,
+        self.weight,
+        self.variance_epsilon,
+        torch.bfloat16,
+        weights.can_divide(self.weight),
     )
     return found
 
@@ -212,25 +233,36 @@ class _Linear(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean x^2 + epsilon) * weight (Zhang and Sennrich 2019, eq. 4), summed in float32."""
+    """x / sqrt(mean x^2 + epsilon) * weight (Zhang and Sennrich 2019, eq. 4), summed in float32.
+
+    from_result: keep the result, which the maps that read it keep anyway, in place of x, which is
+    float32 and nobody else's; divided by the weight it is the normalised x.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        epsilon: float,
+        dtype: torch.dtype,
+        from_result: bool = False,
     ) -> Tensor:
         scale = _inverse_norm(states, epsilon)
-        ctx.save_for_backward(states, weight, scale)
-        return (states * scale).mul_(weight).to(dtype)
+        result = (states * scale).mul_(weight).to(dtype)
+        ctx.from_result, ctx.dtype = from_result, states.dtype
+        ctx.save_for_backward(result if from_result else states, weight, scale)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        states, weight, scale = ctx.saved_tensors
-        normed = states * scale
+        kept, weight, scale = ctx.saved_tensors
+        normed = kept / weight if ctx.from_result else kept * scale
         d_weight = _rows(normed * grad).sum(0) if ctx.needs_input_grad[1] else None
         d_normed = grad * weight
         along = (d_normed * normed).mean(-1, keepdim=True)
         d_states = d_normed.sub_(normed.mul_(along)).mul_(scale)
-        return d_states.to(states.dtype), d_weight, None, None
+        return d_states.to(ctx.dtype), d_weight, None, None, None
 
 
 class _Rotation(torch.autograd.Function):

@@ -79,8 +79,9 @@ class TokenBudget:
     def _halve(self, problem: str) -> None:
         if self.tokens <= _LEAST:
             raise UserError(
-                f"out of memory with {self.tokens} tokens at once ({problem}): use a smaller "
-                f"model, shorter sequences, or a device with more memory"
+                f"out of memory with {self.tokens} tokens at once ({problem}): set "
+                f"{self._section}.gradient_checkpointing to true, or use a smaller model, shorter "
+                "sequences, or a device with more memory"
             )
         self.tokens //= 2
         logger.warning(

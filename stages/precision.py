@@ -9,10 +9,11 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from schemas.training import Precision
 from stages.bfloat16_layers import BFloat16Weights, use_bfloat16_layers
@@ -58,10 +59,12 @@ def computing(model: nn.Module) -> Iterator[None]:
 def weights_held(model: nn.Module) -> Iterator[None]:
     """Keep the number format's copies of weights over several passes, backward passes too.
 
-    While it lasts no weight may change.
+    While it lasts no weight may change. Where layers are computed again to save memory, so are the
+    copies.
     """
-    copies: BFloat16Weights | None = getattr(model.base_model, _COPIES, None)
-    if copies is None:
+    backbone = cast(PreTrainedModel, model.base_model)
+    copies: BFloat16Weights | None = getattr(backbone, _COPIES, None)
+    if copies is None or (backbone.training and backbone.is_gradient_checkpointing):
         yield
         return
     with copies.held():

@@ -23,6 +23,7 @@ from stages.core.losses import step_cross_entropy
 from stages.core.metrics import expected_calibration_error, first_error_f1
 from stages.data.records import read_datasets
 from stages.forward import Sequences, scores_at
+from stages.gradient_checkpointing import use_gradient_checkpointing
 from stages.models import load_tokenizer, load_with_head, num_parameters, save_model, to_device
 from stages.packing import micro_batches
 from stages.precision import use_precision
@@ -70,6 +71,7 @@ def run(
     device = resolve_device(request.runtime.device)
     model = to_device(load_with_head(folder, "process", request.seed), device)
     use_precision(model, config.precision)
+    use_gradient_checkpointing(model, config.gradient_checkpointing, "process_reward_model")
     result = supervised.train(
         model,
         section="process_reward_model",

@@ -22,6 +22,7 @@ from stages.core.losses import bradley_terry_loss
 from stages.core.metrics import expected_calibration_error
 from stages.data.records import read_datasets
 from stages.forward import Sequences, scores_at
+from stages.gradient_checkpointing import use_gradient_checkpointing
 from stages.models import load_tokenizer, load_with_head, num_parameters, save_model, to_device
 from stages.packing import micro_batches
 from stages.precision import use_precision
@@ -67,6 +68,7 @@ def run(
     device = resolve_device(request.runtime.device)
     model = to_device(load_with_head(folder, "outcome", request.seed), device)
     use_precision(model, config.precision)
+    use_gradient_checkpointing(model, config.gradient_checkpointing, "reward_model")
     result = supervised.train(
         model,
         section="reward_model",

@@ -18,6 +18,7 @@ from schemas.rl import OnlineConfig
 from stages import supervised
 from stages.adapters import add_adapters, merge
 from stages.data.records import read_datasets, read_records
+from stages.gradient_checkpointing import use_gradient_checkpointing
 from stages.models import (
     load_policy,
     load_tokenizer,
@@ -49,10 +50,11 @@ def run(request: TrainRLRequest, *, run_dir: Path, tracker: Tracker) -> PolicyCh
     tokenizer = load_tokenizer(folder)
     settings = request.config.dpo if request.config.algorithm == "dpo" else request.config.online
     assert settings is not None
+    section = "rl.dpo" if request.config.algorithm == "dpo" else "rl.online"
     policy = use_precision(load_policy(folder, device), settings.precision)
+    use_gradient_checkpointing(policy, settings.gradient_checkpointing, section)
     if settings.lora is not None:
-        section = "rl.dpo.lora" if request.config.algorithm == "dpo" else "rl.online.lora"
-        add_adapters(policy, settings.lora, section=section, seed=request.seed)
+        add_adapters(policy, settings.lora, section=f"{section}.lora", seed=request.seed)
     if request.config.algorithm == "dpo":
         num_steps, metrics, audit = _offline(request, policy, tokenizer, run_dir, tracker)
     else:
@@ -94,6 +96,7 @@ def _online(
     elif algorithm.critic is not None:
         critic = to_device(load_with_head(folder, "value", request.seed), policy.device)
         use_precision(critic, config.precision)
+        use_gradient_checkpointing(critic, config.gradient_checkpointing, "rl.online")
     engine = build_engine(
         request.rollout,
         model=policy,

@@ -22,6 +22,7 @@ from stages.adapters import add_adapters, merge
 from stages.data.records import read_records
 from stages.forward import hidden_states
 from stages.fused_head import mean_cross_entropy_at
+from stages.gradient_checkpointing import use_gradient_checkpointing
 from stages.models import load_base, max_positions, num_parameters, save_model, to_device
 from stages.packing import micro_batches, pack
 from stages.precision import use_precision
@@ -58,6 +59,7 @@ def run(request: TrainSFTRequest, *, run_dir: Path, tracker: Tracker) -> PolicyC
     examples, num_truncated = encode(records, tokenizer, config)
     to_device(model, resolve_device(request.runtime.device))
     use_precision(model, config.precision)
+    use_gradient_checkpointing(model, config.gradient_checkpointing, "sft")
     if config.lora is not None:
         add_adapters(model, config.lora, section="sft.lora", seed=request.seed)
     result = supervised.train(

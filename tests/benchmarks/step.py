@@ -44,9 +44,10 @@ from schemas.training import (
 )
 from stages import train_process_reward_model, train_reward_model, train_sft
 from stages.forward import Sequences
+from stages.gradient_checkpointing import use_gradient_checkpointing
 from stages.memory import TokenBudget
 from stages.models import load_policy, load_with_head, num_parameters, to_device
-from stages.precision import use_precision
+from stages.precision import use_precision, weights_held
 from stages.rewards.composition import RewardBreakdown
 from stages.rewards.models import outcome_scores
 from stages.rl import dpo
@@ -118,6 +119,7 @@ def _offline(
     kind = {"rm": "outcome", "prm": "process"}.get(args.algorithm)
     model = load_with_head(folder, kind, 0) if kind else load_policy(folder, device)
     use_precision(to_device(model, device), args.precision)
+    use_gradient_checkpointing(model, args.gradient_checkpointing, args.algorithm)
     optimizer = _optimizer(model, settings["optimizer"], clock)
     draw = _Drawn(model.config.get_text_config().vocab_size, args.seed)
     passes = 6
@@ -153,7 +155,7 @@ def _offline(
 
     def step() -> None:
         model.train()
-        with clock.part("loss and backward"):
+        with clock.part("loss and backward"), weights_held(model):
             for micro in losses():
                 micro.loss.backward()
         optimizer.clip()
@@ -194,12 +196,14 @@ def _online(
     assert online is not None
     algorithm = online_algorithm(config)
     policy = use_precision(load_policy(folder, device), args.precision)
+    use_gradient_checkpointing(policy, args.gradient_checkpointing, "rl.online")
     reference = None
     if algorithm.needs_reference:
         reference = _frozen(use_precision(load_policy(folder, device), args.precision))
     critic = critic_optimizer = None
     if algorithm.critic is not None:
         critic = _with_head(folder, "value", device, args)
+        use_gradient_checkpointing(critic, args.gradient_checkpointing, "rl.online")
         critic_optimizer = _optimizer(critic, algorithm.critic.optimizer, clock)
     reward_model = None
     if args.reward_model and args.algorithm == "ppo":
@@ -399,6 +403,7 @@ def report(
             "reward_model": args.reward_model and args.algorithm == "ppo",
             "reference": args.reference if args.algorithm == "dpo" else None,
             "micro_batch_tokens": args.micro_batch_tokens,
+            "gradient_checkpointing": args.gradient_checkpointing,
             "seed": args.seed,
         },
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
@@ -435,6 +440,11 @@ def _parser() -> argparse.ArgumentParser:
     workload.add_options(parser)
     parser.add_argument("--engine", choices=("native", "vllm"), default="native")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="keep the input of each layer alone, and compute the layer again",
+    )
     return parser
 
 

@@ -78,6 +78,12 @@ def test_lengths_between_two_are_those_that_are_drawn(folder: Path) -> None:
     assert document["model_flops_a_step"] == 6 * document["num_parameters"] * sum(tokens)
 
 
+def test_layers_are_computed_again_where_that_is_asked_for(folder: Path) -> None:
+    document = run(folder, "rm", "--gradient-checkpointing", "--precision", "bfloat16")
+    assert document["shape"]["gradient_checkpointing"] is True
+    assert run(folder, "rm")["shape"]["gradient_checkpointing"] is False
+
+
 def test_ppo_counts_every_pass_that_it_makes(folder: Path) -> None:
     document = run(folder, "ppo", "--reward-model", "--num-epochs", "2", "--steps", "1")
     size, critic = document["num_parameters"], document["num_trained_parameters"]

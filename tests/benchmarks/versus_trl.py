@@ -33,7 +33,11 @@ from tests.benchmarks.workload import ALGORITHMS, OFFLINE
 
 HERE = Path(__file__).parent
 _BYTES_A_PARAMETER = 16  # weights, gradient and two moments in float32
-_MALLOC = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+# As in the launcher of stages, for both.
+_MALLOC = (
+    "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+    ":glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+)
 _PPO_EPOCHS = 4  # TRL's default
 _COLUMNS = ("tokens_a_cpu_second", "tokens_a_second", "memory_above_state")
 

@@ -53,6 +53,11 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor
         rms_norm,
         [drawn(2, 5, 6), drawn(6)],
     ),
+    "norm that keeps its result": (
+        lambda x, w: _RMSNorm.apply(x, w, 1e-5, x.dtype, True),
+        rms_norm,
+        [drawn(2, 5, 6), drawn(6)],
+    ),
     "linear": (
         lambda x, w, b: _Linear.apply(x, w, b, w.detach()),
         functional.linear,
@@ -177,3 +182,42 @@ def test_a_deep_copy_has_weights_of_its_own() -> None:
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert first.base_model(IDS).last_hidden_state.any()
         assert not second.base_model(IDS).last_hidden_state.any()
+
+
+def test_a_norm_whose_weight_is_zero_somewhere_still_has_its_gradient() -> None:
+    """Its result does not say what was multiplied by 0; the gradient of the weight needs to."""
+    norm = use_precision(model(), "bfloat16").base_model.layers[0].input_layernorm
+    weight, upstream = drawn(32), drawn(1, 5, 32)
+    weight[3] = 0.0
+    states = [drawn(1, 5, 32).requires_grad_() for _ in range(2)]
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        (norm(states[0]) * upstream).sum().backward()
+    plain = weight.clone().requires_grad_()
+    (rms_norm(states[1], plain) * upstream).sum().backward()
+    torch.testing.assert_close(states[0].grad, states[1].grad, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(norm.weight.grad, plain.grad, rtol=0.02, atol=0.02)
+    assert plain.grad is not None and plain.grad[3].abs() > 0.1
+
+
+def test_no_norm_of_a_layer_keeps_float32_states_unless_it_must() -> None:
+    def count_wide(replaced: PreTrainedModel) -> int:
+        kept: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        states = drawn(1, 12, 32).requires_grad_()
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            replaced.base_model(inputs_embeds=states, use_cache=False)
+        return sum(one.shape == states.shape and one.dtype == torch.float32 for one in kept)
+
+    replaced = use_precision(model(), "bfloat16")
+    without = count_wide(replaced)
+    with torch.no_grad():
+        for layer in replaced.base_model.layers:
+            layer.input_layernorm.weight[0] = layer.post_attention_layernorm.weight[0] = 0.0
+    assert count_wide(replaced) == without + 2 * 2

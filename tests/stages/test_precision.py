@@ -7,7 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from schemas.rl import SamplingConfig
 from stages.forward import Sequences, completion_logprobs
-from stages.precision import compute_dtype, use_precision
+from stages.gradient_checkpointing import use_gradient_checkpointing
+from stages.precision import compute_dtype, use_precision, weights_held
 from stages.rollout.native import NativeEngine
 
 SEQUENCES = Sequences(
@@ -74,3 +75,27 @@ def test_a_step_of_the_optimizer_is_seen_by_training_and_by_sampling() -> None:
     changed = completion_logprobs(model, SEQUENCES, 60)[0]
     torch.testing.assert_close(changed, completion_logprobs(other, SEQUENCES, 60)[0])
     assert not torch.allclose(changed, logprobs)
+
+
+def test_where_layers_are_computed_again_copies_are_held_for_sampling_alone() -> None:
+    """A copy that is held is what a region goes on with, though its weight was changed."""
+    for saving in (False, True):
+        model = fresh("bfloat16").train()
+        use_gradient_checkpointing(model, saving, "rl.online")
+        for training in (True, False):
+            model.train(training)
+            with torch.no_grad(), weights_held(model):
+                before, _ = completion_logprobs(model, SEQUENCES, 60)
+                model.base_model.layers[0].mlp.up_proj.weight.mul_(0.5)
+                after, _ = completion_logprobs(model, SEQUENCES, 60)
+            assert torch.equal(before, after) is not (saving and training)
+
+
+def test_a_region_may_begin_with_inference_and_go_on_with_training() -> None:
+    model, other = fresh("bfloat16"), fresh("bfloat16")
+    with weights_held(model):
+        with torch.inference_mode():
+            before, _ = completion_logprobs(model, SEQUENCES, 60)
+        found = gradient(model)
+    assert before.any()
+    assert torch.equal(found, gradient(other))
