@@ -46,12 +46,13 @@ class TokenBudget:
         if fitting < self.tokens:
             logger.warning(
                 "%s.micro_batch_tokens is %d, but memory holds %d tokens at once (%.2f MB each, "
-                "%.2f GB left for them): going on with that",
+                "%.2f GB left for them): going on with that; %s.gradient_checkpointing takes less",
                 self._section,
                 self.tokens,
                 fitting,
                 bytes_a_token / 1e6,
                 free / 1e9,
+                self._section,
             )
             self.tokens = fitting
         kept_in.parent.mkdir(parents=True, exist_ok=True)

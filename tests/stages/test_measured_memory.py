@@ -16,6 +16,7 @@ from schemas.training import LoRAConfig
 from stages import measured_memory, supervised
 from stages.adapters import add_adapters
 from stages.forward import hidden_states
+from stages.gradient_checkpointing import use_gradient_checkpointing
 from stages.measured_memory import bytes_a_token, fitted_budget
 from stages.memory import TokenBudget
 from stages.models import load_base
@@ -57,6 +58,20 @@ def test_adapters_keep_less() -> None:
         parameter.requires_grad_(False)
     model.base_model.layers[-1].mlp.down_proj.weight.requires_grad_(True)
     assert bytes_a_token(model) < everything * 0.7
+
+
+def test_checkpointed_layers_take_their_inputs_and_one_layer() -> None:
+    found = []
+    for num_layers in (4, 8):
+        model, _ = load_base(tiny_config(num_layers=num_layers), seed=0)
+        plain = bytes_a_token(model)
+        use_gradient_checkpointing(model, True, "sft")
+        found.append((plain, bytes_a_token(model)))
+    (plain_4, kept_4), (plain_8, kept_8) = found
+    # Each layer more costs its input, 32 numbers in float32, and not what it makes.
+    assert kept_8 - kept_4 == pytest.approx(4 * 32 * 4, rel=0.2)
+    assert plain_8 - plain_4 > 5 * (kept_8 - kept_4)
+    assert plain_4 / 4 < kept_4 < plain_4 / 2
 
 
 def test_a_model_with_few_positions() -> None:
