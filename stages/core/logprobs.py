@@ -173,7 +173,7 @@ class _TokenLogprobs(torch.autograd.Function):
         chunks = head.chunks(len(hidden))
         first_kept = len(chunks) - head.num_kept(len(hidden), len(weight))
         for number, chunk in enumerate(chunks):
-            logits = functional.linear(hidden[chunk], product_weight, bias)
+            logits = _product(hidden[chunk], product_weight, bias)
             if number >= first_kept:
                 ctx.kept[number] = logits
             for rows, tempered, probs in head.probabilities(logits):
@@ -191,7 +191,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for number, chunk in enumerate(head.chunks(len(hidden))):
             logits = ctx.kept.pop(number, None)
             if logits is None:
-                logits = functional.linear(hidden[chunk], product_weight, bias)
+                logits = _product(hidden[chunk], product_weight, bias)
             for rows, _tempered, probs in head.probabilities(logits):
                 logits[rows] = gradients.to_logits(
                     probs, targets[chunk][rows], upstream[chunk][rows], head.temperature
@@ -215,7 +215,7 @@ class _WeightedSum(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         found: list[tuple[Tensor, Tensor]] = []
         for chunk in head.chunks(len(hidden)):
-            logits = functional.linear(hidden[chunk], product_weight, bias)
+            logits = _product(hidden[chunk], product_weight, bias)
             for rows, tempered, probs in head.probabilities(logits):
                 own = targets[chunk][rows]
                 found.append(_logprobs_and_entropy(tempered, probs, own))
@@ -242,6 +242,12 @@ class _WeightedSum(torch.autograd.Function):
                 for gradient in found
             ]
         return *found, None, None, None
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In the format of hidden, whatever the surroundings want."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return functional.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
 
 
 def _slices(length: int, size: int) -> list[slice]:

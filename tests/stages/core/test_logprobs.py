@@ -203,6 +203,24 @@ def test_kept_logits_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(one, two)
 
 
+def test_the_product_is_in_the_format_of_hidden() -> None:
+    weight = random(5, 3, seed=1).float().requires_grad_()
+    bias = random(5, seed=2).float().requires_grad_()
+    targets = torch.tensor([0, 4])
+    for dtype, surroundings in ((torch.float32, True), (torch.bfloat16, False)):
+        hidden = random(2, 3).to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=surroundings):
+            logprobs, _ = chunked_token_logprobs(hidden, weight, targets, bias=bias)
+        logits = (hidden @ weight.to(dtype).T + bias.to(dtype)).detach()
+        expected = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        torch.testing.assert_close(logprobs.detach(), expected, atol=1e-2, rtol=1e-2)
+        if dtype == torch.float32:
+            torch.testing.assert_close(logprobs.detach(), expected)
+        logprobs.sum().backward()
+        assert hidden.grad is not None and hidden.grad.dtype == dtype
+        assert bias.grad is not None and bias.grad.dtype == torch.float32
+
+
 def test_chunked_at_the_edges_of_what_numbers_can_hold() -> None:
     """A banned token, and one whose probability underflows."""
     weight = torch.tensor([[0.0], [1.0], [2.0], [3.0]]).requires_grad_()
