@@ -117,18 +117,18 @@ class FusedContext:
         own.keys[:, :, end].view_as(k).copy_(k)
         own.values[:, end].view_as(v).copy_(v)
         q = q.reshape(num_rows, -1, dim)
-        of_prompts = q.flatten(1)[self._cells].view(num_prompts, -1, dim)
+        of_prompts = q.flatten(1).index_select(0, self._cells).view(num_prompts, -1, dim)
         unused = q.new_empty(1, 1, 1)
         seen = torch.baddbmm(unused, of_prompts, prompts.keys, beta=0, alpha=layer.scaling)
         scores = torch.baddbmm(unused, q, own.keys[:, :, :size], beta=0, alpha=layer.scaling)
-        seen = seen.view(len(self._cells), -1)[self._places].view(num_rows, -1, width)
+        seen = seen.view(len(self._cells), -1).index_select(0, self._places).view(num_rows, -1, width)
         if self._hidden is not None:
             seen = seen.masked_fill(self._hidden, -torch.inf)
         weights = torch.cat([seen, scores], dim=2).softmax(dim=-1)
         mixed = torch.bmm(weights[..., width:], own.values[:, :size])
-        of_prompts = weights.flatten(1)[self._cells].view(num_prompts, -1, width + size)
+        of_prompts = weights.flatten(1).index_select(0, self._cells).view(num_prompts, -1, width + size)
         found = torch.bmm(of_prompts[..., :width], prompts.values)
-        mixed += found.view(len(self._cells), -1)[self._places].view_as(mixed)
+        mixed += found.view(len(self._cells), -1).index_select(0, self._places).view_as(mixed)
         return mixed.view(len(k), -1)
 
     def _arrange(self) -> None:
