@@ -124,7 +124,7 @@ class FusedContext:
         seen = seen.view(len(self._cells), -1).index_select(0, self._places).view(num_rows, -1, width)
         if self._hidden is not None:
             seen = seen.masked_fill(self._hidden, -torch.inf)
-        weights = torch.cat([seen, scores], dim=2).softmax(dim=-1)
+        weights = torch.cat([seen, scores], dim=2).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
         mixed = torch.bmm(weights[..., width:], own.values[:, :size])
         of_prompts = weights.flatten(1).index_select(0, self._cells).view(num_prompts, -1, width + size)
         found = torch.bmm(of_prompts[..., :width], prompts.values)

@@ -133,9 +133,8 @@ class _Layer:
             k_norm, q_norm = self._head_norms
             qk = torch.cat([q_norm(qk[:, : self.num_heads]), k_norm(qk[:, self.num_heads :])], 1)
         pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))
-        turned = torch.view_as_real(pairs * turn[:, None]).flatten(-2)
-        q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
-        return q.to(v.dtype), k.to(v.dtype), v
+        turned = torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(v.dtype)
+        return turned[:, : self.num_heads], turned[:, self.num_heads :], v
 
     def add(self, states: Tensor, mixed: Tensor) -> None:
         """Add to states [_T, hidden] what attention has mixed, and then what the MLP makes."""
