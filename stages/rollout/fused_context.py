@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ class FusedContext:
                 own.grow(self._num_drawn)
         self._num_drawn += 1
         states = self._decoder.states(tokens, self._turns[self._positions], self._attend)
-        self._positions = self._positions + 1
+        self._positions: Tensor = self._positions + 1
         self.logits = self._decoder.logits(states)
 
     def _attend(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -121,12 +122,16 @@ class FusedContext:
         unused = q.new_empty(1, 1, 1)
         seen = torch.baddbmm(unused, of_prompts, prompts.keys, beta=0, alpha=layer.scaling)
         scores = torch.baddbmm(unused, q, own.keys[:, :, :size], beta=0, alpha=layer.scaling)
-        seen = seen.view(len(self._cells), -1).index_select(0, self._places).view(num_rows, -1, width)
+        seen = (
+            seen.view(len(self._cells), -1).index_select(0, self._places).view(num_rows, -1, width)
+        )
         if self._hidden is not None:
             seen = seen.masked_fill(self._hidden, -torch.inf)
         weights = torch.cat([seen, scores], dim=2).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
         mixed = torch.bmm(weights[..., width:], own.values[:, :size])
-        of_prompts = weights.flatten(1).index_select(0, self._cells).view(num_prompts, -1, width + size)
+        of_prompts = (
+            weights.flatten(1).index_select(0, self._cells).view(num_prompts, -1, width + size)
+        )
         found = torch.bmm(of_prompts[..., :width], prompts.values)
         mixed += found.view(len(self._cells), -1).index_select(0, self._places).view_as(mixed)
         return mixed.view(len(k), -1)
@@ -166,11 +171,15 @@ def can_fuse(model: PreTrainedModel) -> bool:
     """Whether a `FusedDecoder` computes what the model does: it is tried, in float32."""
     if not looks_fusable(model):
         return False
-    vocab_size = len(model.get_input_embeddings().weight)
+    embedding: Any = model.get_input_embeddings()
+    vocab_size = len(embedding.weight)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (2, 6), generator=generator).tolist()
     prompts, drawn = [ids[0][:4], ids[1][:2]], torch.tensor([[*ids[0][4:]], [*ids[1][2:4]]])
-    context = FusedContext(FusedDecoder(model, torch.float32), prompts, 2)
+    decoder = FusedDecoder(model, torch.float32)
+    if 2 * decoder.turns(1).shape[1] != decoder.layers[0].dim:
+        return False  # a part of each head alone rotates
+    context = FusedContext(decoder, prompts, 2)
     found = [context.logits]
     for tokens in drawn.T:
         context.advance(tokens)
@@ -179,6 +188,6 @@ def can_fuse(model: PreTrainedModel) -> bool:
         whole = torch.tensor([[*prompt, *drawn[row].tolist()]])
         expected: Tensor = model(input_ids=whole).logits[0, len(prompt) - 1 :]
         own = torch.stack([logits[row] for logits in found])
-        if not bool(((own - expected).abs().amax() <= _TOLERANCE * expected.abs().amax())):
+        if not bool((own - expected).abs().amax() <= _TOLERANCE * expected.abs().amax()):
             return False
     return True

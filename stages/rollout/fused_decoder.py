@@ -56,6 +56,7 @@ class Product:
         )
 
     def __call__(self, states: Tensor) -> Tensor:
+        """[_T, out of all weights]."""
         if not self._packed:
             return functional.linear(states, self._weight, self._bias)
         found: Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -172,7 +173,8 @@ class FusedDecoder:
 
     def logits(self, states: Tensor) -> Tensor:
         """Of the tokens after those of states."""
-        return self._head(self._norm(states))
+        found: Tensor = self._head(self._norm(states))
+        return found
 
 
 def _paired(values: Tensor, dim: int) -> Tensor:
@@ -200,16 +202,20 @@ def looks_fusable(model: PreTrainedModel) -> bool:
         and getattr(backbone.rotary_emb, "rope_type", None) in _ROTATIONS
         and all(type(layer) is DynamicLayer for layer in cache.layers)
         and all(map(_is_plain_layer, backbone.layers))
-        and len({layer.self_attn.k_proj.weight.shape for layer in backbone.layers}) == 1
+        and len({_head_sizes(layer.self_attn) for layer in backbone.layers}) == 1
         and all(_is_plain(one) for one in (backbone.norm, cast(Any, model).lm_head))
         and not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
     )
 
 
+def _head_sizes(attention: Any) -> tuple[int, int]:
+    return attention.head_dim, len(attention.k_proj.weight)
+
+
 def _is_plain_layer(layer: nn.Module) -> bool:
     if _names(layer) != _LAYER or _names(cast(nn.Module, layer.mlp)) != _MLP:
         return False
-    attention = cast(nn.Module, layer.self_attn)
+    attention: Any = layer.self_attn
     parts = [*_children(attention), *_children(cast(nn.Module, layer.mlp))]
     parts += [one for one in _children(layer) if not _names(one)]
     return _names(attention) - _HEAD_NORMS == _ATTENTION and (
@@ -217,6 +223,8 @@ def _is_plain_layer(layer: nn.Module) -> bool:
         and isinstance(getattr(attention, "scaling", None), float)
         and isinstance(getattr(attention, "head_dim", None), int)
         and all(_is_plain(one) for one in parts)
+        and attention.k_proj.weight.shape == attention.v_proj.weight.shape
+        and attention.head_dim % 2 == 0
     )
 
 
