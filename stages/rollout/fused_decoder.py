@@ -179,7 +179,7 @@ class FusedDecoder:
 
 def _paired(values: Tensor, dim: int) -> Tensor:
     """Rows of each head of [heads * dim, ...]: first of one half, first of the other, and so on."""
-    halves = values.detach().unflatten(0, (-1, 2, dim // 2))
+    halves: Tensor = values.detach().unflatten(0, (-1, 2, dim // 2))
     return halves.transpose(1, 2).flatten(0, 2)
 
 
