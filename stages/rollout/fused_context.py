@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from stages.attention import exact_attention
 from stages.packing import pack
-from stages.rollout.fused_decoder import FusedDecoder, looks_fusable
+from stages.rollout.fused_decoder import FusedDecoder
 
 # A full cache gets a quarter more room, and this many tokens at least: see `stages.rollout.cache`.
 _MIN_SPARE = 16
@@ -167,10 +167,11 @@ class FusedContext:
 
 
 @torch.inference_mode()
-def can_fuse(model: PreTrainedModel) -> bool:
-    """Whether a `FusedDecoder` computes what the model does: it is tried, in float32."""
-    if not looks_fusable(model):
-        return False
+def computes_alike(model: PreTrainedModel) -> bool:
+    """Whether a `FusedDecoder` of a model that `looks_fusable` computes what the model does.
+
+    It is tried, in float32, on a few tokens.
+    """
     embedding: Any = model.get_input_embeddings()
     vocab_size = len(embedding.weight)
     generator = torch.Generator().manual_seed(0)

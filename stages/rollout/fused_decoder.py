@@ -10,8 +10,9 @@ Shapes: `_T` tokens, `_H` query heads, `_K` key heads, `_D` dimension of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from stages import attention as packed
+from stages.rollout.products import LinearMap, Product, is_linear_map
 
 _BACKBONE = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -32,44 +34,6 @@ _ROTATIONS = {"default", "linear", "llama3", "yarn"}
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(number of the layer, q [_T, _H, _D], k and v [_T, _K, _D]) -> [_T, _H * _D]."""
-
-
-class Product:
-    """states [_T, in] by a weight [out, in], transposed; weights of one input are stacked."""
-
-    def __init__(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], dtype: torch.dtype
-    ) -> None:
-        weight = torch.cat([weight.detach().to(dtype) for weight in weights])
-        self._bias: Tensor | None = None
-        if any(bias is not None for bias in biases):
-            self._bias = torch.cat(
-                [
-                    weight.new_zeros(len(weight)) if bias is None else bias.detach().to(dtype)
-                    for weight, bias in zip(weights, biases, strict=True)
-                ]
-            )
-        self._packed = _has_packed_products(weight)
-        # The layout does not depend on the number of rows; it wants one all the same.
-        self._weight = (
-            torch.ops.mkldnn._reorder_linear_weight(weight, 32) if self._packed else weight
-        )
-
-    def __call__(self, states: Tensor) -> Tensor:
-        """[_T, out of all weights]."""
-        if not self._packed:
-            return functional.linear(states, self._weight, self._bias)
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(
-            states, self._weight, self._bias, "none", [], ""
-        )
-        return found
-
-
-def _has_packed_products(weight: Tensor) -> bool:
-    """Whether oneDNN multiplies it: in float32 it is twice as fast as MKL on processors of AMD."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return weight.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @dataclass(frozen=True)
@@ -98,28 +62,20 @@ class _Layer:
         attention, mlp = module.self_attn, module.mlp
         self.dim: int = attention.head_dim
         self.scaling: float = attention.scaling
-        self.num_key_heads: int = len(attention.k_proj.weight) // self.dim
-        self.num_heads: int = len(attention.q_proj.weight) // self.dim
-        rotating = (attention.q_proj, attention.k_proj)
-        self._qkv = Product(
-            [_paired(one.weight, self.dim) for one in rotating] + [attention.v_proj.weight],
-            [one.bias if one.bias is None else _paired(one.bias, self.dim) for one in rotating]
-            + [attention.v_proj.bias],
-            dtype,
-        )
+        q, k, v = map(LinearMap.of, (attention.q_proj, attention.k_proj, attention.v_proj))
+        self.num_heads = len(q.weight) // self.dim
+        self.num_key_heads = len(k.weight) // self.dim
+        paired = partial(_paired, dim=self.dim)
+        self._qkv = Product([q.with_outputs(paired), k.with_outputs(paired), v], dtype)
         self._head_norms = [
             _Norm.of(norm, dtype, _paired(norm.weight.detach(), self.dim))
             for norm in (getattr(attention, name, None) for name in sorted(_HEAD_NORMS))
             if norm is not None
         ]
-        self._output = Product([attention.o_proj.weight], [attention.o_proj.bias], dtype)
-        self._gate_and_up = Product(
-            [mlp.gate_proj.weight, mlp.up_proj.weight],
-            [mlp.gate_proj.bias, mlp.up_proj.bias],
-            dtype,
-        )
+        self._output = Product([LinearMap.of(attention.o_proj)], dtype)
+        self._gate_and_up = Product([*map(LinearMap.of, (mlp.gate_proj, mlp.up_proj))], dtype)
         self._activation = mlp.act_fn
-        self._down = Product([mlp.down_proj.weight], [mlp.down_proj.bias], dtype)
+        self._down = Product([LinearMap.of(mlp.down_proj)], dtype)
         self._norms = [
             _Norm.of(norm, dtype)
             for norm in (module.input_layernorm, module.post_attention_layernorm)
@@ -155,7 +111,7 @@ class FusedDecoder:
         self._embedding = backbone.embed_tokens.weight.detach()
         self._rotation = backbone.rotary_emb
         self._norm = _Norm.of(backbone.norm, dtype)
-        self._head = Product([head.weight], [head.bias], dtype)
+        self._head = Product([LinearMap.of(head)], dtype)
 
     def turns(self, num_positions: int) -> Tensor:
         """Complex numbers [num_positions, _D / 2] that pairs are multiplied by."""
@@ -179,15 +135,15 @@ class FusedDecoder:
 
 def _paired(values: Tensor, dim: int) -> Tensor:
     """Rows of each head of [heads * dim, ...]: first of one half, first of the other, and so on."""
-    halves: Tensor = values.detach().unflatten(0, (-1, 2, dim // 2))
+    halves = values.unflatten(0, (-1, 2, dim // 2))
     return halves.transpose(1, 2).flatten(0, 2)
 
 
 def looks_fusable(model: PreTrainedModel) -> bool:
     """Whether a model has the modules of Llama and no others, all in their plain form.
 
-    Biases, and norms of queries and keys, may be there or not. It says nothing of what a family
-    does without modules, such as scaling; nor are adapters plain.
+    Biases, adapters, and norms of queries and keys, may be there or not. It says nothing of what a
+    family does without modules, such as scaling.
     """
     if model.device.type != "cpu" or any(p.dtype != torch.float32 for p in model.parameters()):
         return False
@@ -203,7 +159,8 @@ def looks_fusable(model: PreTrainedModel) -> bool:
         and all(type(layer) is DynamicLayer for layer in cache.layers)
         and all(map(_is_plain_layer, backbone.layers))
         and len({_head_sizes(layer.self_attn) for layer in backbone.layers}) == 1
-        and all(_is_plain(one) for one in (backbone.norm, cast(Any, model).lm_head))
+        and _is_plain(backbone.norm)
+        and type(cast(Any, model).lm_head) is nn.Linear
         and not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
     )
 
@@ -230,7 +187,7 @@ def _is_plain_layer(layer: nn.Module) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     """A linear map, a norm or an activation."""
-    if type(module) is nn.Linear:
+    if is_linear_map(module):
         return True
     names = [name for name, _ in module.named_parameters()]
     return not names or (

@@ -16,8 +16,8 @@ from stages.precision import compute_dtype, computing
 from stages.rollout.attention import decode_attention
 from stages.rollout.checks import check_lengths
 from stages.rollout.decoding import Completions, Context
-from stages.rollout.fused_context import FusedContext, can_fuse
-from stages.rollout.fused_decoder import FusedDecoder
+from stages.rollout.fused_context import FusedContext, computes_alike
+from stages.rollout.fused_decoder import FusedDecoder, looks_fusable
 from stages.rollout.stop_strings import StopStrings
 from stages.rollout.types import Rollout
 
@@ -56,7 +56,7 @@ class NativeEngine:
         text = model.config.get_text_config(decoder=True)
         self._context: int | None = getattr(text, "max_position_embeddings", None)
         self._version = 0
-        self._fused: bool | None = None
+        self._computes_alike: bool | None = None
 
     def generate(
         self,
@@ -101,9 +101,10 @@ class NativeEngine:
     def _contexts(self, num_new_tokens: int) -> Iterator[NewContext]:
         """What makes a context of a batch's prompts, by the weights as they are now."""
         model = self._model
-        if self._fused is None:
-            self._fused = can_fuse(model)
-        if self._fused:
+        fused = looks_fusable(model)
+        if fused and self._computes_alike is None:
+            self._computes_alike = computes_alike(model)
+        if fused and self._computes_alike:
             with torch.inference_mode():
                 decoder = FusedDecoder(model, compute_dtype(model))
                 yield lambda prompts: FusedContext(decoder, prompts, num_new_tokens)

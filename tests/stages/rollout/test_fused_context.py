@@ -27,9 +27,10 @@ from stages.adapters import add_adapters
 from stages.precision import compute_dtype, computing, use_precision
 from stages.rollout.attention import decode_attention
 from stages.rollout.decoding import Context
-from stages.rollout.fused_context import FusedContext, can_fuse
-from stages.rollout.fused_decoder import FusedDecoder, Product, looks_fusable
+from stages.rollout.fused_context import FusedContext, computes_alike
+from stages.rollout.fused_decoder import FusedDecoder, looks_fusable
 from stages.rollout.native import NativeEngine
+from stages.rollout.products import LinearMap, Product
 
 SIZES = {
     "vocab_size": 40,
@@ -73,6 +74,11 @@ LIKE_LLAMA = {
     "Qwen3": Qwen3Config(**GROUPED, head_dim=16),
 }
 
+
+def can_fuse(model: PreTrainedModel) -> bool:
+    return looks_fusable(model) and computes_alike(model)
+
+
 PROMPTS = [[5, 6, 7], [4], [3, 9, 8, 4, 10, 11, 5]]
 # Groups of unlike size, out of order, and then without all of prompt 2 and some of the others.
 ROWS, KEPT = [2, 0, 0, 1, 0, 2, 1], [6, 1, 2, 3]
@@ -107,9 +113,17 @@ def by_one_pass(model: PreTrainedModel, tokens: Tensor) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize("name", LIKE_LLAMA)
-@torch.inference_mode()
 def test_logits_are_those_of_one_pass(name: str) -> None:
-    model = made(LIKE_LLAMA[name])
+    compare(made(LIKE_LLAMA[name]))
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", ("q_proj", "v_proj"), ("up_proj",)])
+def test_adapters_have_their_say(target_modules: str | tuple[str, ...]) -> None:
+    compare(adapted(target_modules))
+
+
+@torch.inference_mode()
+def compare(model: PreTrainedModel) -> None:
     assert can_fuse(model)
     tokens = drawn()
     decoder = FusedDecoder(model, torch.float32)
@@ -153,9 +167,21 @@ def hooked() -> PreTrainedModel:
     return model
 
 
-def adapted() -> PreTrainedModel:
-    model = made(LIKE_LLAMA["grouped heads"])
-    return add_adapters(model, LoRAConfig(rank=2), section="rl.online.lora", seed=0)
+def adapted(target_modules: str | tuple[str, ...] = "all-linear") -> PreTrainedModel:
+    model = made(LIKE_LLAMA["biases everywhere"])
+    settings = LoRAConfig(rank=2, alpha=3, target_modules=target_modules)
+    add_adapters(model, settings, section="rl.online.lora", seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def silent() -> PreTrainedModel:
+    model = adapted()
+    model.base_model.layers[0].mlp.up_proj.enable_adapters(False)
+    return model
 
 
 def eager() -> PreTrainedModel:
@@ -181,7 +207,7 @@ OTHERS = {
     ),
     "weights in bfloat16": lambda: made(LIKE_LLAMA["grouped heads"]).bfloat16(),
     "a hook": hooked,
-    "adapters": adapted,
+    "an adapter that is disabled": silent,
     "eager attention": eager,
     "one more module": of_another_module,
 }
@@ -214,7 +240,8 @@ def test_a_product_is_those_of_its_parts(dtype: torch.dtype, num_rows: int) -> N
     states = torch.randn(num_rows, 16).to(dtype)
     weights = [torch.randn(size, 16) for size in (3, 5, 8)]
     biases = [None, torch.randn(5), None]
-    found = Product(weights, biases, dtype)(states)
+    maps = [LinearMap(*both, None) for both in zip(weights, biases, strict=True)]
+    found = Product(maps, dtype)(states)
     expected = [
         functional.linear(states.float(), weight.to(dtype).float(), bias)
         for weight, bias in zip(weights, biases, strict=True)
@@ -230,7 +257,7 @@ def test_both_ways_draw_the_same_tokens() -> None:
     found = []
     for fused in (True, False):
         sampler = NativeEngine(model, eos_token_ids=[2], pad_token_id=0, max_batch_size=11)
-        sampler._fused = fused
+        sampler._computes_alike = fused
         found.append(sampler.generate(PROMPTS, sampling, num_samples=6, seed=3))
     assert {rollout.finish_reason for rollout in found[0]} == {"stop", "length"}
     for one, other in zip(*found, strict=True):
@@ -243,7 +270,7 @@ def test_weights_that_are_not_numbers_are_refused_as_ever() -> None:
     sampling = SamplingConfig(max_completion_tokens=3)
     sampler = NativeEngine(model, eos_token_ids=[2], pad_token_id=0, max_batch_size=8)
     sampler.generate(PROMPTS, sampling, num_samples=1, seed=0)
-    assert sampler._fused
+    assert sampler._computes_alike
     with torch.no_grad():
         model.base_model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
     fresh = NativeEngine(model, eos_token_ids=[2], pad_token_id=0, max_batch_size=8)
