@@ -163,7 +163,8 @@ class FusedContext:
     def _of_heads(self, rows: Tensor) -> Tensor:
         """Indices of the key heads of rows."""
         heads = torch.arange(self._num_key_heads, device=rows.device)
-        return (rows[:, None] * self._num_key_heads + heads).flatten()
+        found: Tensor = (rows[:, None] * self._num_key_heads + heads).flatten()
+        return found
 
 
 @torch.inference_mode()

@@ -97,7 +97,7 @@ class _Layer:
         """Add to states [_T, hidden] what attention has mixed, and then what the MLP makes."""
         states += self._output(mixed)
         gate, up = self._gate_and_up(self._norms[1](states)).chunk(2, dim=-1)
-        states += self._down(self._activation(gate) * up)
+        states += self._down(self._activation(gate).mul_(up))
 
 
 class FusedDecoder:
@@ -135,7 +135,7 @@ class FusedDecoder:
 
 def _paired(values: Tensor, dim: int) -> Tensor:
     """Rows of each head of [heads * dim, ...]: first of one half, first of the other, and so on."""
-    halves = values.unflatten(0, (-1, 2, dim // 2))
+    halves: Tensor = values.unflatten(0, (-1, 2, dim // 2))
     return halves.transpose(1, 2).flatten(0, 2)
 
 
