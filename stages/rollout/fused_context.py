@@ -82,6 +82,7 @@ class FusedContext:
         self._own = [_States(one.keys[:, :, :0], one.values[:, :0]) for one in self._prompts]
         self._num_key_heads = decoder.layers[0].num_key_heads
         self._num_drawn = 0
+        self._positions = self._lengths
         self._prompt_of_row = torch.arange(len(prompts), device=decoder.device)
         self.logits = decoder.logits(states[starts + self._lengths - 1])
         self._arrange()
@@ -107,11 +108,13 @@ class FusedContext:
                 own.grow(self._num_drawn)
         self._num_drawn += 1
         states = self._decoder.states(tokens, self._turns[self._positions], self._attend)
-        self._positions: Tensor = self._positions + 1
+        self._positions = self._positions + 1
         self.logits = self._decoder.logits(states)
 
     def _attend(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of one token a row to its prompt, by one product a prompt, and to itself."""
+        """Attention of one token a row: to its prompt, by a product that all rows of the prompt
+        share, and to what the row has drawn.
+        """
         layer, prompts, own = self._decoder.layers[number], self._prompts[number], self._own[number]
         size, dim, end = self._num_drawn, layer.dim, self._num_drawn - 1
         num_rows, num_prompts, width = len(self._places), *prompts.values.shape[:2]

@@ -24,6 +24,7 @@ from stages.rollout.types import Rollout
 Row = tuple[int, int]
 """Prompt and sample."""
 NewContext = Callable[[Sequence[Sequence[int]]], Context | FusedContext]
+"""From the prompts of a batch, in token ids."""
 
 
 class NativeEngine:
@@ -32,6 +33,9 @@ class NativeEngine:
     Prompts of a batch go through the model once each, and their completions share the result.
     Every completion has its own random stream, so that it does not depend on the other rows of
     its batch (only the last bits of its logits do: matrix kernels vary with the shape).
+
+    On a processor, models made as Llama is go through a decoder of our own, if its logits are seen
+    to be theirs; all others go through transformers.
     """
 
     def __init__(

@@ -75,7 +75,7 @@ class Product:
                 for one in maps
             ]
             self._bias = torch.cat(biases).to(dtype)
-        self._adapters = _stacked([one for one in maps], dtype)
+        self._adapters = _stacked(maps, dtype)
         self._packed = _has_packed_products(weight)
         # The layout does not depend on the number of rows; it wants one all the same.
         self._weight = (
