@@ -20,8 +20,8 @@ from stages.rollout.fused_decoder import FusedDecoder
 
 # A full cache gets a quarter more room, and this many tokens at least: see `stages.rollout.cache`.
 _MIN_SPARE = 16
-# Of the largest logit; rounding makes a thousandth of it, another arithmetic makes a hundred times
-# as much.
+# Share of the largest logit. Rounding makes about a thousandth of that, other arithmetic, such as a
+# factor of 0.9 somewhere, ten to a hundred times as much.
 _TOLERANCE = 1e-3
 
 
