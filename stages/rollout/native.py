@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,11 +16,15 @@ from stages.precision import compute_dtype, computing
 from stages.rollout.attention import decode_attention
 from stages.rollout.checks import check_lengths
 from stages.rollout.decoding import Completions, Context
+from stages.rollout.fused_context import FusedContext, computes_alike
+from stages.rollout.fused_decoder import FusedDecoder, looks_fusable
 from stages.rollout.stop_strings import StopStrings
 from stages.rollout.types import Rollout
 
 Row = tuple[int, int]
 """Prompt and sample."""
+NewContext = Callable[[Sequence[Sequence[int]]], Context | FusedContext]
+"""From the prompts of a batch, in token ids."""
 
 
 class NativeEngine:
@@ -29,6 +33,9 @@ class NativeEngine:
     Prompts of a batch go through the model once each, and their completions share the result.
     Every completion has its own random stream, so that it does not depend on the other rows of
     its batch (only the last bits of its logits do: matrix kernels vary with the shape).
+
+    On a processor, models made as Llama is go through a decoder of our own, if its logits are seen
+    to be theirs; all others go through transformers.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class NativeEngine:
         text = model.config.get_text_config(decoder=True)
         self._context: int | None = getattr(text, "max_position_embeddings", None)
         self._version = 0
+        self._computes_alike: bool | None = None
 
     def generate(
         self,
@@ -69,15 +77,10 @@ class NativeEngine:
         rows = [(prompt, number) for prompt in order for number in range(num_samples)]
         found: dict[Row, Rollout] = {}
         model = self._model
-        with (
-            _evaluating(model),
-            decode_attention(model),
-            computing(model),
-            _without_gradient(model),
-        ):
+        with _evaluating(model), self._contexts(sampling.max_completion_tokens) as new_context:
             for start in range(0, len(rows), self._max_batch_size):
                 batch = rows[start : start + self._max_batch_size]
-                found.update(self._decode(prompt_ids, batch, sampling, seed))
+                found.update(self._decode(prompt_ids, batch, sampling, seed, new_context))
         return [found[row] for row in sorted(rows)]
 
     def update_weights(self, policy: PreTrainedModel, version: int) -> None:
@@ -98,21 +101,32 @@ class NativeEngine:
         """Let go of the model."""
         del self._model, self._source
 
+    @contextmanager
+    def _contexts(self, num_new_tokens: int) -> Iterator[NewContext]:
+        """What makes a context of a batch's prompts, by the weights as they are now."""
+        model = self._model
+        fused = looks_fusable(model)
+        if fused and self._computes_alike is None:
+            self._computes_alike = computes_alike(model)
+        if fused and self._computes_alike:
+            with torch.inference_mode():
+                decoder = FusedDecoder(model, compute_dtype(model))
+                yield lambda prompts: FusedContext(decoder, prompts, num_new_tokens)
+            return
+        with decode_attention(model), computing(model), _without_gradient(model):
+            yield lambda prompts: Context(model, prompts, num_new_tokens, self._pad_token_id)
+
     def _decode(
         self,
         prompt_ids: Sequence[Sequence[int]],
         batch: Sequence[Row],
         sampling: SamplingConfig,
         seed: int,
+        new_context: NewContext,
     ) -> Iterator[tuple[Row, Rollout]]:
         """Sample the rows of one batch to their ends."""
         prompts = list(dict.fromkeys(prompt for prompt, _ in batch))
-        context = Context(
-            self._model,
-            [prompt_ids[prompt] for prompt in prompts],
-            sampling.max_completion_tokens,
-            self._pad_token_id,
-        )
+        context = new_context([prompt_ids[prompt] for prompt in prompts])
         completions = Completions(
             batch,
             sampling,

@@ -27,12 +27,10 @@ def sample(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[T
     temperature) before min-p, top-k and top-p, and of temperature 1 when the temperature is 0
     (greedy).
     """
-    logits = logits.float()
     if sampling.temperature not in (0.0, 1.0):
-        logits = logits / sampling.temperature
-    highest = logits.amax(dim=-1, keepdim=True)
-    weights = torch.exp(logits - highest)
-    total = weights.sum(dim=-1)
+        logits = logits.float() / sampling.temperature
+    # One kernel for maximum, exponentials and sum, several times as fast as these one by one.
+    weights = logits.softmax(dim=-1, dtype=torch.float32)
     if sampling.temperature == 0.0:
         tokens = logits.argmax(dim=-1)
     elif sampling.top_k or sampling.top_p < 1.0:
@@ -46,18 +44,18 @@ def sample(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[T
     # Logits that are not numbers give an index past the end, which must not reach the gather (on a
     # GPU it would end the process); their log-probability says what happened.
     tokens = tokens.clamp(max=logits.shape[1] - 1)
-    chosen = logits.gather(1, tokens[:, None]).squeeze(1)
-    return tokens, chosen - highest.squeeze(1) - total.log()
+    return tokens, weights.gather(1, tokens[:, None]).squeeze(1).log()
 
 
 def _likely(weights: Tensor, sampling: SamplingConfig) -> Tensor:
-    """The weights [_B, _V], those below min-p of the highest, which is 1, set to 0.
+    """The weights [_B, _V], those below min-p of the highest set to 0.
 
     (Nguyen et al. 2024, "Turning up the heat: min-p sampling", on the tempered distribution.)
     """
     if sampling.min_p == 0.0:
         return weights
-    return weights.masked_fill(weights < sampling.min_p, 0.0)
+    highest = weights.amax(dim=-1, keepdim=True)
+    return weights.masked_fill(weights < sampling.min_p * highest, 0.0)
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -72,7 +70,9 @@ def _invert_in_blocks(weights: Tensor, uniform: Tensor) -> Tensor:
     """`_invert` in two levels, first the block and then the entry in it: one pass over _V."""
     size = weights.shape[1]
     num_blocks = -(-size // _BLOCK)
-    padded = functional.pad(weights, (0, num_blocks * _BLOCK - size)).view(-1, num_blocks, _BLOCK)
+    filling = num_blocks * _BLOCK - size
+    padded = functional.pad(weights, (0, filling)) if filling else weights
+    padded = padded.view(-1, num_blocks, _BLOCK)
     per_block = padded.sum(dim=-1)
     cumulative = per_block.cumsum(dim=-1, dtype=torch.float64)
     target = uniform[:, None] * cumulative[:, -1:]
