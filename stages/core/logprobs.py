@@ -16,6 +16,8 @@ from stages.core.masks import upcast
 
 # Rows of logits that stay in cache between the passes over them: 1 MiB in float32.
 _CACHED_ELEMENTS = 2**18
+# Rows of the weight's gradient that are made and added up at once, for the same reason.
+_CACHED_COLUMNS = 8192
 # Logits that wait for the backward pass, 128 MiB in bfloat16; those of more tokens are made again.
 KEPT_ELEMENTS = 2**26
 
@@ -155,9 +157,16 @@ class _Gradients:
         """Through the product, for a chunk's d_logits [chunk, _V]."""
         if self.hidden is not None:
             self.hidden[chunk] = d_logits @ weight
-        if self._needs_weight:
-            part = d_logits.T @ hidden
-            self.weight = part.to(self._wide) if self.weight is None else self.weight.add_(part)
+        if not self._needs_weight:
+            return
+        first = self.weight is None
+        if first:
+            self.weight = torch.empty_like(weight, dtype=self._wide)
+        assert self.weight is not None
+        for columns in _slices(len(weight), _CACHED_COLUMNS):
+            part = d_logits[:, columns].T @ hidden
+            total = self.weight[columns]
+            total.copy_(part) if first else total.add_(part)
 
 
 class _TokenLogprobs(torch.autograd.Function):
