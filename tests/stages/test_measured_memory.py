@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -13,7 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from schemas.training import LoRAConfig
-from stages import measured_memory, supervised
+from stages import measured_memory
 from stages.adapters import add_adapters
 from stages.forward import hidden_states
 from stages.gradient_checkpointing import use_gradient_checkpointing
@@ -21,10 +20,8 @@ from stages.measured_memory import bytes_a_token, fitted_budget
 from stages.memory import TokenBudget
 from stages.models import load_base
 from stages.packing import pack
-from stages.train_sft import micro_losses
 from tests.stages.conftest import tiny_config
-from tests.stages.fakes import MemoryTracker
-from tests.stages.test_supervised import CONFIG, examples
+from tests.stages.test_memory import trained
 
 # Nothing of these tests is a matter of the machine.
 MUCH = 2**50
@@ -136,40 +133,10 @@ def test_training_with_little_memory_is_training_with_few_tokens(
     little = trained(tmp_path / "little", 1000)
     monkeypatch.setattr(measured_memory, "free_bytes", lambda device: MUCH)
     few = trained(tmp_path / "few", 16)
-    assert trained(tmp_path / "much", 1000).count < little.count == few.count
+    much = trained(tmp_path / "much", 1000)
+    assert much.num_micro_batches < little.num_micro_batches == few.num_micro_batches
     for name, weight in few.weights.items():
         assert torch.equal(little.weights[name], weight)
-
-
-class Trained(NamedTuple):
-    weights: dict[str, Any]
-    count: int
-    """Micro-batches."""
-
-
-def trained(run_dir: Path, tokens: int) -> Trained:
-    model, _ = load_base(tiny_config(), seed=0)
-    data = examples()
-    config = CONFIG.model_copy(update={"micro_batch_tokens": tokens})
-    count = 0
-
-    def losses(indices: list[int], max_tokens: int) -> Any:
-        nonlocal count
-        for micro in micro_losses(model, [data[i] for i in indices], config, max_tokens):
-            count += 1
-            yield micro
-
-    supervised.train(
-        model,
-        section="sft",
-        record_ids=[str(i) for i in range(len(data))],
-        micro_losses=losses,
-        settings=config,
-        seed=5,
-        run_dir=run_dir,
-        tracker=MemoryTracker(),
-    )
-    return Trained(dict(model.state_dict()), count)
 
 
 def _made(folder: Path) -> Path:
