@@ -37,3 +37,10 @@ def real_prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectSe
     server = PrefectServer(tmp_path_factory.mktemp("prefect-server"))
     yield server
     server.process.end()
+
+
+@pytest.fixture(autouse=True)
+def prefect_that_answers(request: pytest.FixtureRequest) -> None:
+    """No test waits for a server that an earlier one has left without life."""
+    if "real_prefect" in request.fixturenames:
+        request.getfixturevalue("real_prefect").revive()

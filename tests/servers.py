@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,6 +204,19 @@ class PrefectServer:
     def start(self) -> None:
         self.process.start()
         self.wait()
+
+    def revive(self, patience: float = 20.0) -> None:
+        """Start again if it gives no answer for `patience` seconds.
+
+        Seen once: after many "database is locked", Prefect on SQLite took connections and answered
+        none, without using the processor, and every test after that waited for it.
+        """
+        try:
+            fetch(f"{self.url}/health", timeout=patience)
+        except OSError as error:
+            warnings.warn(f"Prefect's server is started again: {error}", stacklevel=2)
+            self.kill()
+            self.start()
 
     def ask(self, path: str, **query: Any) -> Any:
         return fetch(f"{self.url}/{path}", query)
