@@ -41,11 +41,12 @@ _DEFAULTS = {
     # Threads that spin while they wait take the core from those that work.
     "OMP_WAIT_POLICY": "passive",
     # Keep large buffers between steps: giving them back means a page fault for each page again.
-    # No lists of small pieces (the last two): what is left over where a tensor is aligned would lie
-    # in one, and the gap that the tensor leaves would be too small for the next of its size.
+    # No lists of small pieces (`tcache_count`, `mxfast`): what is left over where a tensor is
+    # aligned would lie in one, and the gap that the tensor leaves would be too small for the next.
+    # Pages of 2 MiB, where the kernel gives them on request: fewer faults, fewer misses of the TLB.
     "GLIBC_TUNABLES": (
         "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
-        ":glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+        ":glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.hugetlb=1"
     ),
 }
 """What a stage's process finds in its environment unless it is set already."""

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from schemas.training import Precision
-from stages.bfloat16_layers import BFloat16Weights, use_bfloat16_layers
+from stages.lean_layers import HeldWeights, use_lean_layers
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +28,16 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 def use_precision(model: _Model, precision: Precision) -> _Model:
     """Let a model's backbone compute in a number format; returns the model."""
-    if precision == "float32":
-        return model
     backbone = model.base_model
     assert isinstance(backbone, nn.Module)
+    held = use_lean_layers(backbone)
+    if precision == "float32":
+        return model
     device = next(backbone.parameters()).device
     if not has_fast_bfloat16(device):
         logger.warning("%s has no bfloat16 units: bfloat16 will be slower than float32", device)
     setattr(backbone, _ATTRIBUTE, torch.bfloat16)
-    setattr(backbone, _COPIES, use_bfloat16_layers(backbone))
+    setattr(backbone, _COPIES, held)
     return model
 
 
@@ -63,7 +64,7 @@ def weights_held(model: nn.Module) -> Iterator[None]:
     copies.
     """
     backbone = cast(PreTrainedModel, model.base_model)
-    copies: BFloat16Weights | None = getattr(backbone, _COPIES, None)
+    copies: HeldWeights | None = getattr(backbone, _COPIES, None)
     if copies is None or (backbone.training and backbone.is_gradient_checkpointing):
         yield
         return

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.core.masks import upcast
+from stages.core.products import linear
 
 # Rows of logits that stay in cache between the passes over them: 1 MiB in float32.
 _CACHED_ELEMENTS = 2**18
@@ -156,7 +157,7 @@ class _Gradients:
     def add(self, chunk: slice, d_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Through the product, for a chunk's d_logits [chunk, _V]."""
         if self.hidden is not None:
-            self.hidden[chunk] = d_logits @ weight
+            self.hidden[chunk] = linear(d_logits, weight.T)
         if not self._needs_weight:
             return
         first = self.weight is None
@@ -164,7 +165,7 @@ class _Gradients:
             self.weight = torch.empty_like(weight, dtype=self._wide)
         assert self.weight is not None
         for columns in _slices(len(weight), _CACHED_COLUMNS):
-            part = d_logits[:, columns].T @ hidden
+            part = linear(d_logits[:, columns].T, hidden.T)
             total = self.weight[columns]
             total.copy_(part) if first else total.add_(part)
 
@@ -256,7 +257,7 @@ class _WeightedSum(torch.autograd.Function):
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In the format of hidden, whatever the surroundings want."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return functional.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
+        return linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
 
 
 def _slices(length: int, size: int) -> list[slice]:

@@ -3,7 +3,7 @@
 A module of transformers spends most of a token's time around its matrix products: on copies of
 weights, small operations and calls. Here projections that read the same states are one product, and
 weights are laid out once, as the kernel reads them fastest. Roundings to bfloat16 are where
-autocast and `stages.bfloat16_layers` have them.
+autocast and `stages.lean_layers` have them.
 
 Shapes: `_T` tokens, `_H` query heads, `_K` key heads, `_D` dimension of a head.
 """

@@ -36,7 +36,7 @@ _BYTES_A_PARAMETER = 16  # weights, gradient and two moments in float32
 # As in the launcher of stages, for both.
 _MALLOC = (
     "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
-    ":glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+    ":glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.hugetlb=1"
 )
 _PPO_EPOCHS = 4  # TRL's default
 _COLUMNS = ("tokens_a_cpu_second", "tokens_a_second", "memory_above_state")
@@ -179,7 +179,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=2,
+        help="steps before: the second still takes new memory, as the optimizer's state is new",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

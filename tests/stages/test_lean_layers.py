@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama
 
-from stages import bfloat16_layers
-from stages.bfloat16_layers import _GatedMLP, _Linear, _RMSNorm, _Rotation, use_bfloat16_layers
+from stages import lean_layers
+from stages.lean_layers import _GatedMLP, _Linear, _RMSNorm, _Rotation, use_lean_layers
 from stages.packing import pack
 from stages.precision import computing, use_precision, weights_held
 
@@ -101,10 +101,23 @@ def model() -> PreTrainedModel:
 IDS = torch.arange(12)[None] % 32
 
 
-def test_nothing_changes_outside_of_autocast() -> None:
-    plain, replaced = model(), model()
-    use_bfloat16_layers(replaced.base_model)
-    assert torch.equal(plain(IDS).logits, replaced(IDS).logits)
+def test_nothing_changes_in_float64() -> None:
+    plain, replaced = model().double(), model()
+    use_lean_layers(replaced.base_model)
+    assert torch.equal(plain(IDS).logits, replaced.double()(IDS).logits)
+
+
+def test_values_and_gradients_in_float32_are_those_of_float64() -> None:
+    exact, replaced = model().double(), use_precision(model(), "float32")
+    ids = torch.arange(512)[None] % 32  # enough for products by oneDNN
+    found = {}
+    for one in (exact, replaced):
+        logits = one(ids).logits
+        logits.square().sum().backward()
+        found[one] = [logits, *(weight.grad for weight in one.parameters())]
+    for ours, theirs in zip(found[replaced], found[exact], strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() / theirs.norm() < 1e-5
 
 
 def test_every_part_of_a_llama_is_replaced() -> None:
@@ -141,7 +154,7 @@ def test_what_computes_otherwise_is_left_alone() -> None:
 
     backbone = nn.Module()
     backbone.layers = nn.ModuleList([Gelu(), OnePlus(4), nn.LayerNorm(4)])
-    use_bfloat16_layers(backbone)
+    use_lean_layers(backbone)
     assert all("forward" not in vars(one) for one in backbone.layers)
     assert "forward" in vars(backbone.layers[0].gate_proj)
 
@@ -151,7 +164,7 @@ def test_a_rotation_of_another_kind_is_left_alone(monkeypatch: pytest.MonkeyPatc
         return tuple(one * cos.unsqueeze(1) for one in (q, k))  # type: ignore[return-value]
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", interleaved)
-    bfloat16_layers._use_rotation(modeling_llama)
+    lean_layers._use_rotation(modeling_llama)
     assert modeling_llama.apply_rotary_pos_emb is interleaved
 
 

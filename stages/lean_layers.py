@@ -1,9 +1,11 @@
-"""Parts of a decoder layer in bfloat16, with fewer copies than autocast makes and keeps.
+"""Parts of a decoder layer that make and keep fewer copies than autograd and autocast do.
 
-Autocast turns every weight into bfloat16 anew for each micro-batch, every normalised state once for
-each product that reads it, and keeps what each of a layer's many small operations has made until
-the backward pass. The functions here do the same arithmetic, with the sums of a norm in float32,
-and keep the inputs of a part alone; what is cheap is computed again.
+Autograd keeps what each of a layer's many small operations has made until the backward pass.
+Autocast turns every weight into bfloat16 anew for each micro-batch, and every normalised state once
+for each product that reads it. The functions here do the same arithmetic, with the sums of a norm
+in float32, and keep the inputs of a part alone; what is cheap is computed again. They serve
+autocast to bfloat16 on any device, and float32 on processors, where the products are faster too:
+see `stages.core.products`.
 
 Only modules that are seen to compute the same are replaced; the others stay with autocast.
 """
@@ -21,15 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import SiLUActivation
 
-_WEIGHTS = "_posttrain_bfloat16_weights"
+from stages.core.products import linear
+
+_WEIGHTS = "_posttrain_held_weights"
 _ROTATION = "apply_rotary_pos_emb"
 
 # Far above where a product with a normalised state would lose digits of bfloat16.
 _LEAST_DIVISOR = 1e-20
 
 
-class BFloat16Weights:
-    """Copies of weights, made once in a region in which no weight changes."""
+class HeldWeights:
+    """Copies of weights in bfloat16, made once in a region in which no weight changes."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -48,13 +52,16 @@ class BFloat16Weights:
                 self._copies.clear()
                 self._invertible.clear()
 
-    def of(self, weight: Tensor) -> Tensor:
-        """The weight in bfloat16, detached."""
+    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight, detached, in bfloat16 or as it is."""
+        if dtype == weight.dtype:
+            return weight.detach()
+        assert dtype == torch.bfloat16
         found = self._copies.get(id(weight))
         if found is None:
             # A pass for inference may be the first of a region whose later ones are for training.
             with torch.inference_mode(False):
-                found = weight.detach().to(torch.bfloat16)
+                found = weight.detach().to(dtype)
             if self._depth:
                 self._copies[id(weight)] = found
         return found
@@ -69,16 +76,16 @@ class BFloat16Weights:
         return found
 
 
-def use_bfloat16_layers(backbone: nn.Module) -> BFloat16Weights:
+def use_lean_layers(backbone: nn.Module) -> HeldWeights:
     """Let norms, gated MLPs and linear maps of the decoder layers use the functions below.
 
-    They do so under autocast to bfloat16, and are as they were elsewhere. What is done twice to a
-    backbone is done once.
+    They do so where `_dtype` names a format, and are as they were elsewhere. What is done twice to
+    a backbone is done once.
     """
-    weights: BFloat16Weights | None = getattr(backbone, _WEIGHTS, None)
+    weights: HeldWeights | None = getattr(backbone, _WEIGHTS, None)
     if weights is not None:
         return weights
-    weights = BFloat16Weights()
+    weights = HeldWeights()
     setattr(backbone, _WEIGHTS, weights)
     layers = _decoder_layers(backbone)
     for file in {sys.modules[type(module).__module__] for module in layers.modules()}:
@@ -150,7 +157,7 @@ def _use_rotation(file: ModuleType) -> None:
 
 def _rotation(plain: Callable[..., tuple[Tensor, Tensor]]) -> Any:
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> Any:
-        if rest or more or not _is_on(q) or q.dtype != torch.bfloat16:
+        if rest or more or q.dtype != _dtype(q):
             return plain(q, k, cos, sin, *rest, **more)
         return tuple(_Rotation.apply(one, cos, sin) for one in (q, k))  # type: ignore[no-untyped-call]
 
@@ -167,44 +174,47 @@ def _agree(theirs: Any, ours: Tensor) -> bool:
     return isinstance(theirs, Tensor) and torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-def _is_on(states: Tensor) -> bool:
+def _dtype(states: Tensor) -> torch.dtype | None:
+    """What the functions below compute in; none where the modules compute as they did."""
     device = states.device.type
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    if torch.is_autocast_enabled(device):
+        wanted = torch.get_autocast_dtype(device)
+        return wanted if wanted == torch.bfloat16 else None
+    return states.dtype if device == "cpu" and states.dtype == torch.float32 else None
 
 
 def _linear_forward(self: nn.Linear, states: Tensor) -> Tensor:
-    if not _is_on(states):
+    dtype = _dtype(states)
+    if dtype is None:
         return functional.linear(states, self.weight, self.bias)
-    weights: BFloat16Weights = getattr(self, _WEIGHTS)
+    weights: HeldWeights = getattr(self, _WEIGHTS)
     found: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-        states.to(torch.bfloat16), self.weight, self.bias, weights.of(self.weight)
+        states.to(dtype), self.weight, self.bias, weights.of(self.weight, dtype)
     )
     return found
 
 
 def _rms_norm_forward(self: Any, states: Tensor) -> Tensor:
-    if not _is_on(states):
+    dtype = _dtype(states)
+    if dtype is None:
         plain: Tensor = type(self).forward(self, states)
         return plain
-    weights: BFloat16Weights = getattr(self, _WEIGHTS)
+    weights: HeldWeights = getattr(self, _WEIGHTS)
     found: Tensor = _RMSNorm.apply(  # type: ignore[no-untyped-call]
-        states,
-        self.weight,
-        self.variance_epsilon,
-        torch.bfloat16,
-        weights.can_divide(self.weight),
+        states, self.weight, self.variance_epsilon, dtype, weights.can_divide(self.weight)
     )
     return found
 
 
 def _gated_mlp_forward(self: Any, states: Tensor) -> Tensor:
-    if not _is_on(states):
+    dtype = _dtype(states)
+    if dtype is None:
         plain: Tensor = type(self).forward(self, states)
         return plain
-    weights: BFloat16Weights = getattr(self, _WEIGHTS)
+    weights: HeldWeights = getattr(self, _WEIGHTS)
     maps = [self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight]
     found: Tensor = _GatedMLP.apply(  # type: ignore[no-untyped-call]
-        states.to(torch.bfloat16), *maps, *map(weights.of, maps)
+        states.to(dtype), *maps, *(weights.of(one, dtype) for one in maps)
     )
     return found
 
@@ -218,14 +228,14 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(states, copy)
         with torch.autocast(states.device.type, enabled=False):
-            return functional.linear(states, copy, None if bias is None else bias.to(copy.dtype))
+            return linear(states, copy, None if bias is None else bias.to(copy.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         states, copy = ctx.saved_tensors
         needed = ctx.needs_input_grad
         return (
-            grad @ copy if needed[0] else None,
+            linear(grad, copy.T) if needed[0] else None,
             _weight_gradient(grad, states) if needed[1] else None,
             _rows(grad).sum(0, dtype=torch.float32) if needed[2] else None,
             None,
@@ -298,23 +308,23 @@ class _GatedMLP(torch.autograd.Function):
     ) -> Tensor:
         gate_copy, up_copy, down_copy = copies
         with torch.autocast(states.device.type, enabled=False):
-            gated = functional.linear(states, gate_copy)
-            opened = functional.linear(states, up_copy)
+            gated = linear(states, gate_copy)
+            opened = linear(states, up_copy)
             ctx.save_for_backward(states, gated, opened, *copies)
-            return functional.linear(functional.silu(gated).mul_(opened), down_copy)
+            return linear(functional.silu(gated).mul_(opened), down_copy)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         states, gated, opened, gate, up, down = ctx.saved_tensors
         needed = ctx.needs_input_grad
         active = functional.silu(gated)
-        d_product = grad @ down
+        d_product = linear(grad, down.T)
         d_down = _weight_gradient(grad, active * opened) if needed[3] else None
         d_opened = active.mul_(d_product)
         d_gated = torch.ops.aten.silu_backward(d_product.mul_(opened), gated)
         d_states = None
         if needed[0]:
-            d_states = torch.addmm(_rows(d_gated @ gate), _rows(d_opened), up).view_as(states)
+            d_states = _sum_of_products(d_gated, gate.T, d_opened, up.T)
         return (
             d_states,
             _weight_gradient(d_gated, states) if needed[1] else None,
@@ -347,4 +357,12 @@ def _rows(states: Tensor) -> Tensor:
 
 
 def _weight_gradient(grad: Tensor, states: Tensor) -> Tensor:
-    return (_rows(grad).T @ _rows(states)).float()
+    return linear(_rows(grad).T, _rows(states).T).float()
+
+
+def _sum_of_products(first: Tensor, weight: Tensor, second: Tensor, other: Tensor) -> Tensor:
+    """`linear` of both, added up; in bfloat16 before what the second gives is rounded."""
+    found = linear(first, weight)
+    if found.dtype == torch.float32:
+        return found.add_(linear(second, other))
+    return torch.addmm(_rows(found), _rows(second), other.T).view_as(found)
