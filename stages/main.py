@@ -23,6 +23,7 @@ from schemas.base import UserError
 from schemas.fingerprint import fingerprint
 from schemas.requests import AnyRequest, request_adapter
 from stages import heartbeat, termination
+from stages.imports import hide_unused_packages
 
 logger = logging.getLogger("posttrain")
 
@@ -145,6 +146,7 @@ def run_stage(request: AnyRequest, *, run_dir: Path, tracker: Tracker) -> AnyArt
 
 def _prepare_torch(request: AnyRequest) -> None:
     heartbeat.beat("importing torch and transformers")
+    hide_unused_packages()
     import transformers
 
     from infra.devices import configure_threads, deterministic

@@ -17,7 +17,13 @@ step, as the stage does once for each record, before its first update; --referen
 them out, and what is measured is a step of any later epoch.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+from stages.imports import hide_unused_packages
+
+# As in a stage's process, whose memory is measured here.
+hide_unused_packages()
 
 import argparse
 import json
