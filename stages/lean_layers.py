@@ -208,13 +208,15 @@ def _rms_norm_forward(self: Any, states: Tensor) -> Tensor:
 
 def _gated_mlp_forward(self: Any, states: Tensor) -> Tensor:
     dtype = _dtype(states)
-    if dtype is None:
+    maps = [self.gate_proj, self.up_proj, self.down_proj]
+    # Adapters may have come since; their layers would show the weights below them as their own.
+    if dtype is None or not all(type(one) is nn.Linear for one in maps):
         plain: Tensor = type(self).forward(self, states)
         return plain
     weights: HeldWeights = getattr(self, _WEIGHTS)
-    maps = [self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight]
+    parameters = [one.weight for one in maps]
     found: Tensor = _GatedMLP.apply(  # type: ignore[no-untyped-call]
-        states.to(dtype), *maps, *(weights.of(one, dtype) for one in maps)
+        states.to(dtype), *parameters, *(weights.of(one, dtype) for one in parameters)
     )
     return found
 

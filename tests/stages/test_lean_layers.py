@@ -13,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama
 
+from schemas.training import LoRAConfig, Precision
 from stages import lean_layers
+from stages.adapters import add_adapters
 from stages.lean_layers import _GatedMLP, _Linear, _RMSNorm, _Rotation, use_lean_layers
 from stages.packing import pack
 from stages.precision import computing, use_precision, weights_held
@@ -136,6 +138,29 @@ def test_under_autocast_it_is_what_autocast_gives_but_for_rounding() -> None:
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
     assert not torch.equal(found, plain.base_model(IDS).last_hidden_state)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_adapters_that_come_later_take_part_and_are_trained(precision: Precision) -> None:
+    settings = LoRAConfig.model_validate(
+        {"rank": 3, "alpha": 6.0, "target_modules": ["gate_proj", "down_proj", "q_proj"]}
+    )
+    plain, replaced = model(), use_precision(model(), precision)
+    found = []
+    for one in (plain, replaced):
+        add_adapters(one, settings, section="sft.lora", seed=0)
+        with torch.no_grad():
+            adapters = {name: w for name, w in one.named_parameters() if "lora_" in name}
+            for weight in adapters.values():
+                weight.copy_(0.3 * drawn(*weight.shape))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            states = one.base_model(IDS).last_hidden_state
+        (states * drawn(*states.shape)).sum().backward()
+        found.append([states.detach(), *(weight.grad for weight in adapters.values())])
+    tolerance = 1e-5 if precision == "float32" else 0.05
+    for theirs, ours in zip(*found, strict=True):
+        assert ours.norm() > 0
+        assert (ours - theirs).norm() / theirs.norm() < tolerance
 
 
 def test_what_computes_otherwise_is_left_alone() -> None:
