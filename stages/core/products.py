@@ -6,12 +6,15 @@ torch sends those of float32 to MKL, which reaches half of what oneDNN does on p
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Multiplications below which oneDNN takes longer to begin than it saves.
-_LEAST_WORK = 2**21
+# Of the two smaller sides of a product. oneDNN makes code for every shape that it meets, and keeps
+# it: below, that costs as much time as it saves, and half a gigabyte where lengths vary.
+_LEAST_SIDES = 2**16
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -20,10 +23,12 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     As torch's, but without a gradient, for autograd functions; any of them may be a transposed
     view. left.T @ right is linear(left.T, right.T).
     """
-    if states.numel() * len(weight) < _LEAST_WORK or not has_onednn(states):
+    rows = math.prod(states.shape[:-1])
+    smaller = sorted((rows, *weight.shape))[:2]
+    if math.prod(smaller) <= _LEAST_SIDES or not has_onednn(states):
         return functional.linear(states, weight, bias)
-    rows = states if states.dim() == 2 else states.reshape(-1, states.shape[-1])
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    flat = states if states.dim() == 2 else states.reshape(rows, states.shape[-1])
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
     return found.view(*states.shape[:-1], len(weight))
 
 

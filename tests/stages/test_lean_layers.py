@@ -16,6 +16,7 @@ from transformers.models.llama import modeling_llama
 from schemas.training import LoRAConfig, Precision
 from stages import lean_layers
 from stages.adapters import add_adapters
+from stages.core import products
 from stages.lean_layers import _GatedMLP, _Linear, _RMSNorm, _Rotation, use_lean_layers
 from stages.packing import pack
 from stages.precision import computing, use_precision, weights_held
@@ -109,9 +110,13 @@ def test_nothing_changes_in_float64() -> None:
     assert torch.equal(plain(IDS).logits, replaced.double()(IDS).logits)
 
 
-def test_values_and_gradients_in_float32_are_those_of_float64() -> None:
+@pytest.mark.parametrize("least_sides", [0, 2**16])
+def test_values_and_gradients_in_float32_are_those_of_float64(
+    monkeypatch: pytest.MonkeyPatch, least_sides: int
+) -> None:
+    monkeypatch.setattr(products, "_LEAST_SIDES", least_sides)  # by oneDNN, and by torch
     exact, replaced = model().double(), use_precision(model(), "float32")
-    ids = torch.arange(512)[None] % 32  # enough for products by oneDNN
+    ids = torch.arange(512)[None] % 32
     found = {}
     for one in (exact, replaced):
         logits = one(ids).logits

@@ -19,12 +19,12 @@ def test_two_by_two_by_hand() -> None:
     assert linear(states, weight, torch.tensor([0.5, -0.5])).tolist() == [[11.5, 16.5]]
 
 
-@pytest.mark.parametrize("size", [3, 256])  # below and above what oneDNN is asked for
+@pytest.mark.parametrize("size", [3, 300])  # below and above what oneDNN is asked for
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_products_of_transposed_views_are_those_of_float64(size: int, dtype: torch.dtype) -> None:
     states, weight = drawn(size, size + 1).to(dtype), drawn(size + 2, size + 1, seed=1).to(dtype)
     grad = drawn(size, size + 2, seed=2).to(dtype)
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-14}[dtype]
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float64: 1e-14}[dtype]
     for left, right in ((states, weight), (grad, weight.T), (grad.T, states.T)):
         expected = left.double() @ right.double().T
         found = linear(left, right)
@@ -33,9 +33,9 @@ def test_products_of_transposed_views_are_those_of_float64(size: int, dtype: tor
 
 
 def test_leading_dimensions_stay_and_the_bias_is_added() -> None:
-    states, weight, bias = drawn(2, 3, 200, 64), drawn(80, 64, seed=1), drawn(80, seed=2)
+    states, weight, bias = drawn(2, 3, 200, 300), drawn(280, 300, seed=1), drawn(280, seed=2)
     found = linear(states, weight, bias)
-    assert found.shape == (2, 3, 200, 80)
+    assert found.shape == (2, 3, 200, 280)
     torch.testing.assert_close(found, states @ weight.T + bias, rtol=1e-4, atol=1e-4)
     assert torch.equal(found, linear(states, weight, bias))
     # A view that cannot be flattened without a copy.
@@ -48,7 +48,7 @@ def test_without_rows_there_is_nothing_to_multiply() -> None:
 
 
 def test_without_onednn_it_is_torchs_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    states, weight = drawn(256, 256), drawn(256, 256, seed=1)
+    states, weight = drawn(300, 300), drawn(300, 300, seed=1)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not has_onednn(states)
     assert torch.equal(linear(states, weight), torch.nn.functional.linear(states, weight))
