@@ -35,19 +35,21 @@ _DUMP_SECONDS = 1.0
 """Time to write the stacks of the threads."""
 PARENT_PID = "POSTTRAIN_PARENT_PID"
 """Names in the environment of a child the process that it dies with."""
+# Keep large buffers between steps: giving them back means a page fault for each page again.
+# No lists of small pieces (`tcache_count`, `mxfast`): what is left over where a tensor is
+# aligned would lie in one, and the gap that the tensor leaves would be too small for the next.
+# Pages of 2 MiB, where the kernel gives them on request: fewer faults, fewer misses of the TLB.
+MALLOC_SETTINGS = (
+    "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+    ":glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.hugetlb=1"
+)
+"""glibc's tunables for a process that trains."""
 _DEFAULTS = {
     "PYTHONUNBUFFERED": "1",
     "TQDM_DISABLE": "1",  # a bar redrawn in a log file is noise
     # Threads that spin while they wait take the core from those that work.
     "OMP_WAIT_POLICY": "passive",
-    # Keep large buffers between steps: giving them back means a page fault for each page again.
-    # No lists of small pieces (`tcache_count`, `mxfast`): what is left over where a tensor is
-    # aligned would lie in one, and the gap that the tensor leaves would be too small for the next.
-    # Pages of 2 MiB, where the kernel gives them on request: fewer faults, fewer misses of the TLB.
-    "GLIBC_TUNABLES": (
-        "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
-        ":glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.hugetlb=1"
-    ),
+    "GLIBC_TUNABLES": MALLOC_SETTINGS,
 }
 """What a stage's process finds in its environment unless it is set already."""
 _RETRYABLE_CODES = (75, 137)

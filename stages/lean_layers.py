@@ -7,7 +7,7 @@ in float32, and keep the inputs of a part alone; what is cheap is computed again
 autocast to bfloat16 on any device, and float32 on processors, where the products are faster too:
 see `stages.core.products`.
 
-Only modules that are seen to compute the same are replaced; the others stay with autocast.
+Only modules that are seen to compute the same are replaced; the others stay as they are.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def use_lean_layers(backbone: nn.Module) -> HeldWeights:
     They do so where `_dtype` names a format, and are as they were elsewhere. What is done twice to
     a backbone is done once.
     """
-    weights: HeldWeights | None = getattr(backbone, _WEIGHTS, None)
+    weights = held_weights(backbone)
     if weights is not None:
         return weights
     weights = HeldWeights()
@@ -95,6 +95,12 @@ def use_lean_layers(backbone: nn.Module) -> HeldWeights:
         if forward is not None:
             setattr(module, _WEIGHTS, weights)
             module.forward = MethodType(forward, module)
+    return weights
+
+
+def held_weights(backbone: nn.Module) -> HeldWeights | None:
+    """What the layers of a backbone share since `use_lean_layers`."""
+    weights: HeldWeights | None = getattr(backbone, _WEIGHTS, None)
     return weights
 
 
@@ -126,15 +132,24 @@ def _is_rms_norm(module: nn.Module) -> bool:
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:
-    maps = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(type(one) is nn.Linear and one.bias is None for one in maps):
+    maps = _gated_maps(module)
+    if maps is None or not isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
         return False
-    if not isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
-        return False
-    gate, up, down = (cast(nn.Linear, one).weight for one in maps)
+    gate, up, down = maps
     probe = _probe(gate, gate.shape[1])
     own = (functional.silu(probe @ gate.T) * (probe @ up.T)) @ down.T
     return _agree(module(probe), own)
+
+
+def _gated_maps(module: nn.Module) -> list[Tensor] | None:
+    """Weights of gate, up and down; none unless all three are linear maps and nothing more.
+
+    An adapter's layer shows the weight below it as its own.
+    """
+    maps = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(type(one) is nn.Linear and one.bias is None for one in maps):
+        return None
+    return [cast(nn.Linear, one).weight for one in maps]
 
 
 def _use_rotation(file: ModuleType) -> None:
@@ -207,16 +222,13 @@ def _rms_norm_forward(self: Any, states: Tensor) -> Tensor:
 
 
 def _gated_mlp_forward(self: Any, states: Tensor) -> Tensor:
-    dtype = _dtype(states)
-    maps = [self.gate_proj, self.up_proj, self.down_proj]
-    # Adapters may have come since; their layers would show the weights below them as their own.
-    if dtype is None or not all(type(one) is nn.Linear for one in maps):
+    dtype, maps = _dtype(states), _gated_maps(self)
+    if dtype is None or maps is None:  # adapters may have come since
         plain: Tensor = type(self).forward(self, states)
         return plain
     weights: HeldWeights = getattr(self, _WEIGHTS)
-    parameters = [one.weight for one in maps]
     found: Tensor = _GatedMLP.apply(  # type: ignore[no-untyped-call]
-        states.to(dtype), *parameters, *(weights.of(one, dtype) for one in parameters)
+        states.to(dtype), *maps, *(weights.of(one, dtype) for one in maps)
     )
     return found
 

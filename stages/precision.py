@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -16,12 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from schemas.training import Precision
-from stages.lean_layers import HeldWeights, use_lean_layers
+from stages.lean_layers import held_weights, use_lean_layers
 
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_posttrain_compute_dtype"
-_COPIES = "_posttrain_copies"
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -30,14 +29,13 @@ def use_precision(model: _Model, precision: Precision) -> _Model:
     """Let a model's backbone compute in a number format; returns the model."""
     backbone = model.base_model
     assert isinstance(backbone, nn.Module)
-    held = use_lean_layers(backbone)
+    use_lean_layers(backbone)
     if precision == "float32":
         return model
     device = next(backbone.parameters()).device
     if not has_fast_bfloat16(device):
         logger.warning("%s has no bfloat16 units: bfloat16 will be slower than float32", device)
     setattr(backbone, _ATTRIBUTE, torch.bfloat16)
-    setattr(backbone, _COPIES, held)
     return model
 
 
@@ -49,22 +47,20 @@ def computing(model: nn.Module) -> Iterator[None]:
     """
     dtype = compute_dtype(model)
     first = next(model.parameters())
-    if dtype == first.dtype:
-        yield
-        return
-    with weights_held(model), torch.autocast(first.device.type, dtype):
+    plain = dtype == first.dtype
+    with weights_held(model), nullcontext() if plain else torch.autocast(first.device.type, dtype):
         yield
 
 
 @contextmanager
 def weights_held(model: nn.Module) -> Iterator[None]:
-    """Keep the number format's copies of weights over several passes, backward passes too.
+    """Keep what is made of weights for the products over several passes, backward passes too.
 
     While it lasts no weight may change. Where layers are computed again to save memory, so are the
     copies.
     """
     backbone = cast(PreTrainedModel, model.base_model)
-    copies: HeldWeights | None = getattr(backbone, _COPIES, None)
+    copies = held_weights(backbone)
     if copies is None or (backbone.training and backbone.is_gradient_checkpointing):
         yield
         return

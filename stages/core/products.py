@@ -23,9 +23,10 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     As torch's, but without a gradient, for autograd functions; any of them may be a transposed
     view. left.T @ right is linear(left.T, right.T).
     """
+    if states.dtype != torch.float32 or not has_onednn(states):
+        return functional.linear(states, weight, bias)
     rows = math.prod(states.shape[:-1])
-    smaller = sorted((rows, *weight.shape))[:2]
-    if math.prod(smaller) <= _LEAST_SIDES or not has_onednn(states):
+    if math.prod(sorted((rows, *weight.shape))[:2]) <= _LEAST_SIDES:
         return functional.linear(states, weight, bias)
     flat = states if states.dim() == 2 else states.reshape(rows, states.shape[-1])
     found: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
@@ -33,9 +34,5 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def has_onednn(states: Tensor) -> bool:
-    """Whether they are multiplied by oneDNN here, and not by what torch would take."""
-    return (
-        states.dtype == torch.float32
-        and states.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-    )
+    """Whether oneDNN is there for tensors of this device."""
+    return states.device.type == "cpu" and torch.backends.mkldnn.is_available()

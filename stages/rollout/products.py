@@ -113,7 +113,6 @@ def _stacked(maps: Sequence[LinearMap], dtype: torch.dtype) -> tuple[Tensor, Ten
 
 def _has_packed_products(weight: Tensor) -> bool:
     """Whether oneDNN multiplies it, from a layout of its own."""
-    if has_onednn(weight):
-        return True
-    on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return on_cpu and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not has_onednn(weight):
+        return False
+    return weight.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

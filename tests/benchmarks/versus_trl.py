@@ -29,15 +29,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from infra.launch import MALLOC_SETTINGS
 from tests.benchmarks.workload import ALGORITHMS, OFFLINE
 
 HERE = Path(__file__).parent
 _BYTES_A_PARAMETER = 16  # weights, gradient and two moments in float32
-# As in the launcher of stages, for both.
-_MALLOC = (
-    "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
-    ":glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.hugetlb=1"
-)
 _PPO_EPOCHS = 4  # TRL's default
 _COLUMNS = ("tokens_a_cpu_second", "tokens_a_second", "memory_above_state")
 
@@ -138,7 +134,8 @@ def _ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
 
 
 def _run(command: list[str]) -> dict[str, Any]:
-    environment = {**os.environ, "GLIBC_TUNABLES": _MALLOC, "HF_HUB_OFFLINE": "1"}
+    # As in the launcher of stages, for both.
+    environment = {**os.environ, "GLIBC_TUNABLES": MALLOC_SETTINGS, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
