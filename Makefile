@@ -53,7 +53,7 @@ test-vllm-sample: $(VENV)-vllm/.installed
 	$(VLLM_PYTEST) $(PARALLEL) -m "(vllm or liger) and not slow"
 
 test-fast: $(VENV)/.test
-	$(PYTEST) -m "not slow and not vllm and not liger"
+	OMP_NUM_THREADS=1 $(PYTEST) $(PARALLEL) -m "not slow and not vllm and not liger"
 
 # Readers, configuration and command line on random input, other input at every call.
 FUZZ_EXAMPLES ?= 1000

@@ -176,6 +176,9 @@ class _PackedAttention(torch.autograd.Function):
             zero = k.new_zeros(1, *k.shape[1:])
             for total, parts in zip((dk, dv), zip(*prefixes, strict=True), strict=True):
                 total += torch.cat([*parts, zero]).index_select(0, layout.prefix_restore)
+        if layout.num_filling:
+            for total in (dq, dk, dv):
+                total[-layout.num_filling :] = 0.0
         return dq, dk, dv, None, None
 
 

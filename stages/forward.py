@@ -24,6 +24,7 @@ from stages.shared_critic import Critic, SharedCritic
 
 # Logits held at once, as elements of [chunk, vocabulary]: 128 MiB in fp32.
 LOGIT_ELEMENTS = 2**25
+_CHUNK_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ def weighted_logprobs_at(
 
 
 def _chunk_size(weight: Tensor) -> int:
-    return max(LOGIT_ELEMENTS // weight.shape[0], 1)
+    """Tokens whose logits are held at once; many are a multiple of 64, as products like them."""
+    size = max(LOGIT_ELEMENTS // weight.shape[0], 1)
+    return size - size % _CHUNK_MULTIPLE if size > _CHUNK_MULTIPLE else size
 
 
 def completion_logprobs(

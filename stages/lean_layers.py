@@ -2,8 +2,8 @@
 
 Autograd keeps what each of a layer's many small operations has made until the backward pass.
 Autocast turns every weight into bfloat16 anew for each micro-batch, and every normalised state once
-for each product that reads it. The functions here do the same arithmetic, with the sums of a norm
-in float32, and keep the inputs of a part alone; what is cheap is computed again. They serve
+for each product that reads it. `stages.layer_functions` does the same arithmetic, with the sums of
+a norm in float32, and keeps the inputs of a part alone; what is cheap is computed again. It serves
 autocast to bfloat16 on any device, and float32 on processors, where the products are faster too:
 see `stages.core.products`.
 
@@ -21,9 +21,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
-from stages.core.products import linear
+from stages import layer_functions
 
 _WEIGHTS = "_posttrain_held_weights"
 _ROTATION = "apply_rotary_pos_emb"
@@ -77,7 +78,7 @@ class HeldWeights:
 
 
 def use_lean_layers(backbone: nn.Module) -> HeldWeights:
-    """Let norms, gated MLPs and linear maps of the decoder layers use the functions below.
+    """Let norms, gated MLPs and linear maps of the decoder layers use our functions.
 
     They do so where `_dtype` names a format, and are as they were elsewhere. What is done twice to
     a backbone is done once.
@@ -87,6 +88,10 @@ def use_lean_layers(backbone: nn.Module) -> HeldWeights:
         return weights
     weights = HeldWeights()
     setattr(backbone, _WEIGHTS, weights)
+    if isinstance(backbone, PreTrainedModel):
+        embedding = backbone.get_input_embeddings()
+        if _is_plain_embedding(embedding):
+            embedding.forward = MethodType(_embedding_forward, embedding)
     layers = _decoder_layers(backbone)
     for file in {sys.modules[type(module).__module__] for module in layers.modules()}:
         _use_rotation(file)
@@ -104,6 +109,17 @@ def held_weights(backbone: nn.Module) -> HeldWeights | None:
     return weights
 
 
+def store_weights(backbone: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of linear maps of the decoder layers in the format of their products alone.
+
+    For a model that is not trained, after `use_lean_layers`: its products read these weights in
+    that format and no other, so it gives what it gave.
+    """
+    for module in _decoder_layers(backbone).modules():
+        if type(module) is nn.Linear and hasattr(module, _WEIGHTS):
+            module.weight.data = module.weight.data.to(dtype)
+
+
 def _decoder_layers(backbone: nn.Module) -> nn.Module:
     """The longest list of modules. What lies outside, such as the last norm, feeds a head that may
     want float32."""
@@ -119,6 +135,15 @@ def _replacement(module: nn.Module) -> Any:
     return _gated_mlp_forward if _is_gated_mlp(module) else None
 
 
+def _is_plain_embedding(module: Any) -> bool:
+    return (
+        type(module) is nn.Embedding
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+        and not module.sparse
+    )
+
+
 def _is_rms_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", None)
@@ -128,7 +153,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
         return False
     probe = _probe(weight, len(weight))
     # Some families scale by 1 + weight, or round in between.
-    return _agree(module(probe), _RMSNorm.apply(probe, weight, epsilon, probe.dtype))  # type: ignore[no-untyped-call]
+    return _agree(module(probe), layer_functions.RMSNorm.apply(probe, weight, epsilon, probe.dtype))  # type: ignore[no-untyped-call]
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:
@@ -153,7 +178,7 @@ def _gated_maps(module: nn.Module) -> list[Tensor] | None:
 
 
 def _use_rotation(file: ModuleType) -> None:
-    """Put `_Rotation` in front of a model file's function, if the two rotate alike."""
+    """Put ours in front of a model file's function, if the two rotate alike."""
     theirs: Any = getattr(file, _ROTATION, None)
     if theirs is None or hasattr(theirs, "plain"):
         return
@@ -165,7 +190,7 @@ def _use_rotation(file: ModuleType) -> None:
         found = theirs(q, k, cos, sin)
     except (TypeError, ValueError, RuntimeError):
         return
-    ours = [_rotated(one, cos, sin, one.dtype) for one in (q, k)]
+    ours = [layer_functions.rotated(one, cos, sin, one.dtype) for one in (q, k)]
     if all(_agree(a, b) for a, b in zip(found, ours, strict=True)):
         setattr(file, _ROTATION, _rotation(theirs))
 
@@ -174,7 +199,7 @@ def _rotation(plain: Callable[..., tuple[Tensor, Tensor]]) -> Any:
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> Any:
         if rest or more or q.dtype != _dtype(q):
             return plain(q, k, cos, sin, *rest, **more)
-        return tuple(_Rotation.apply(one, cos, sin) for one in (q, k))  # type: ignore[no-untyped-call]
+        return tuple(layer_functions.Rotation.apply(one, cos, sin) for one in (q, k))  # type: ignore[no-untyped-call]
 
     rotate.plain = plain  # type: ignore[attr-defined]
     return rotate
@@ -190,7 +215,7 @@ def _agree(theirs: Any, ours: Tensor) -> bool:
 
 
 def _dtype(states: Tensor) -> torch.dtype | None:
-    """What the functions below compute in; none where the modules compute as they did."""
+    """What our functions compute in; none where the modules compute as they did."""
     device = states.device.type
     if torch.is_autocast_enabled(device):
         wanted = torch.get_autocast_dtype(device)
@@ -198,12 +223,19 @@ def _dtype(states: Tensor) -> torch.dtype | None:
     return states.dtype if device == "cpu" and states.dtype == torch.float32 else None
 
 
+def _embedding_forward(self: nn.Embedding, ids: Tensor) -> Tensor:
+    if ids.device.type != "cpu":  # adding rows up in place has no fixed order elsewhere
+        return functional.embedding(ids, self.weight, self.padding_idx)
+    found: Tensor = layer_functions.Embedding.apply(ids, self.weight, self.padding_idx)  # type: ignore[no-untyped-call]
+    return found
+
+
 def _linear_forward(self: nn.Linear, states: Tensor) -> Tensor:
     dtype = _dtype(states)
     if dtype is None:
         return functional.linear(states, self.weight, self.bias)
     weights: HeldWeights = getattr(self, _WEIGHTS)
-    found: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+    found: Tensor = layer_functions.Linear.apply(  # type: ignore[no-untyped-call]
         states.to(dtype), self.weight, self.bias, weights.of(self.weight, dtype)
     )
     return found
@@ -215,7 +247,7 @@ def _rms_norm_forward(self: Any, states: Tensor) -> Tensor:
         plain: Tensor = type(self).forward(self, states)
         return plain
     weights: HeldWeights = getattr(self, _WEIGHTS)
-    found: Tensor = _RMSNorm.apply(  # type: ignore[no-untyped-call]
+    found: Tensor = layer_functions.RMSNorm.apply(  # type: ignore[no-untyped-call]
         states, self.weight, self.variance_epsilon, dtype, weights.can_divide(self.weight)
     )
     return found
@@ -227,156 +259,7 @@ def _gated_mlp_forward(self: Any, states: Tensor) -> Tensor:
         plain: Tensor = type(self).forward(self, states)
         return plain
     weights: HeldWeights = getattr(self, _WEIGHTS)
-    found: Tensor = _GatedMLP.apply(  # type: ignore[no-untyped-call]
+    found: Tensor = layer_functions.GatedMLP.apply(  # type: ignore[no-untyped-call]
         states.to(dtype), *maps, *(weights.of(one, dtype) for one in maps)
     )
     return found
-
-
-class _Linear(torch.autograd.Function):
-    """states [..., in] times weight [out, in], transposed, by a copy of the weight."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, copy: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(states, copy)
-        with torch.autocast(states.device.type, enabled=False):
-            return linear(states, copy, None if bias is None else bias.to(copy.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        states, copy = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        return (
-            linear(grad, copy.T) if needed[0] else None,
-            _weight_gradient(grad, states) if needed[1] else None,
-            _rows(grad).sum(0, dtype=torch.float32) if needed[2] else None,
-            None,
-        )
-
-
-class _RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean x^2 + epsilon) * weight (Zhang and Sennrich 2019, eq. 4), summed in float32.
-
-    from_result: keep the result, which the maps that read it keep anyway, in place of x, which is
-    float32 and nobody else's; divided by the weight it is the normalised x.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        states: Tensor,
-        weight: Tensor,
-        epsilon: float,
-        dtype: torch.dtype,
-        from_result: bool = False,
-    ) -> Tensor:
-        scale = _inverse_norm(states, epsilon)
-        result = (states * scale).mul_(weight).to(dtype)
-        ctx.from_result, ctx.dtype = from_result, states.dtype
-        ctx.save_for_backward(result if from_result else states, weight, scale)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, scale = ctx.saved_tensors
-        normed = kept / weight if ctx.from_result else kept * scale
-        d_weight = _rows(normed * grad).sum(0) if ctx.needs_input_grad[1] else None
-        d_normed = grad * weight
-        along = (d_normed * normed).mean(-1, keepdim=True)
-        d_states = d_normed.sub_(normed.mul_(along)).mul_(scale)
-        return d_states.to(ctx.dtype), d_weight, None, None, None
-
-
-class _Rotation(torch.autograd.Function):
-    """Rotary position embedding (Su et al. 2021, eq. 34) of [1, heads, _T, dim], in float32.
-
-    cos and sin are [1, _T, dim], their second half the same as the first. The result lies in memory
-    as [1, _T, heads, dim], as the projection's output does and packed attention wants it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(states, cos, sin, states.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin, grad.dtype), None, None
-
-
-class _GatedMLP(torch.autograd.Function):
-    """(silu(x gate') * x up') down' (Shazeer 2020, eq. 6); keeps x and what silu and the product
-    take, and computes their results again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        states: Tensor,
-        gate: Tensor,
-        up: Tensor,
-        down: Tensor,
-        *copies: Tensor,
-    ) -> Tensor:
-        gate_copy, up_copy, down_copy = copies
-        with torch.autocast(states.device.type, enabled=False):
-            gated = linear(states, gate_copy)
-            opened = linear(states, up_copy)
-            ctx.save_for_backward(states, gated, opened, *copies)
-            return linear(functional.silu(gated).mul_(opened), down_copy)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        states, gated, opened, gate, up, down = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        active = functional.silu(gated)
-        d_product = linear(grad, down.T)
-        d_down = _weight_gradient(grad, active * opened) if needed[3] else None
-        d_opened = active.mul_(d_product)
-        d_gated = torch.ops.aten.silu_backward(d_product.mul_(opened), gated)
-        d_states = None
-        if needed[0]:
-            d_states = _sum_of_products(d_gated, gate.T, d_opened, up.T)
-        return (
-            d_states,
-            _weight_gradient(d_gated, states) if needed[1] else None,
-            _weight_gradient(d_opened, states) if needed[2] else None,
-            d_down,
-            None,
-            None,
-            None,
-        )
-
-
-def _rotated(states: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-    rows = states.transpose(1, 2)
-    half = rows.shape[-1] // 2
-    cos, sin = cos[..., None, :half], sin[..., None, :half]
-    left, right = rows[..., :half], rows[..., half:]
-    found = torch.empty(rows.shape, dtype=dtype, device=states.device)
-    found[..., :half] = (left * cos).sub_(right * sin)
-    found[..., half:] = (right * cos).add_(left * sin)
-    return found.transpose(1, 2)
-
-
-def _inverse_norm(states: Tensor, epsilon: float) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
-    return norm.square_().div_(states.shape[-1]).add_(epsilon).rsqrt_()
-
-
-def _rows(states: Tensor) -> Tensor:
-    return states.reshape(-1, states.shape[-1])
-
-
-def _weight_gradient(grad: Tensor, states: Tensor) -> Tensor:
-    return linear(_rows(grad).T, _rows(states).T).float()
-
-
-def _sum_of_products(first: Tensor, weight: Tensor, second: Tensor, other: Tensor) -> Tensor:
-    """`linear` of both, added up; in bfloat16 before what the second gives is rounded."""
-    found = linear(first, weight)
-    if found.dtype == torch.float32:
-        return found.add_(linear(second, other))
-    return torch.addmm(_rows(found), _rows(second), other.T).view_as(found)

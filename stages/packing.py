@@ -13,11 +13,16 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _T = TypeVar("_T")
 
 # A block pads its rows to the longest; rows shorter than this share of it go to another block.
 _MIN_FILLED = 0.75
+# A long row is filled up to a multiple of these tokens: at some of the numbers in between, matrix
+# products take an eighth longer (oneDNN 3, Zen 5), and each number is a shape to make code for.
+_MULTIPLE = 16
+_LONG_ROW = 256
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Block:
 class Layout:
     """Who attends to whom in a packed row of `_T` tokens.
 
-    restore, long [_T]: where each token stands in the blocks' rows, laid end to end.
+    restore, long [_T]: where each token stands in the blocks' rows, laid end to end; 0 for the
+    row's last num_filling tokens, which stand nowhere: nobody sees them, nor should read them.
     prefix_restore, long [_T]: the same for the blocks' prefixes, and one past their end for a
     token that is in none; None where no block has a prefix.
     """
@@ -51,6 +57,7 @@ class Layout:
     prefix_restore: Tensor | None
     longest: int
     """Most tokens that any token can see, itself included."""
+    num_filling: int = 0
     num_calls: int = 0
     """How often an attention layer has asked; 0 after a forward pass means that none did."""
 
@@ -80,7 +87,10 @@ def pack(
     *,
     device: torch.device,
 ) -> PackedBatch:
-    """Every sequence in one row, like prompts once. A prompt may be empty, a sequence may not."""
+    """Every sequence in one row, like prompts once. A prompt may be empty, a sequence may not.
+
+    A long row ends in filling, so that its length is a multiple of 16.
+    """
     ids: list[int] = []
     positions: list[int] = []
     trunks: list[range] = []
@@ -111,10 +121,14 @@ def pack(
         own = [span for span in own if span]
         if own:
             branches.append((trunk, own))
+    num_filling = -len(ids) % _MULTIPLE if len(ids) >= _LONG_ROW else 0
+    layout = _layout(trunks, branches, len(ids), num_filling, device)
+    ids.extend(ids[:1] * num_filling)
+    positions.extend([0] * num_filling)
     return PackedBatch(
         torch.tensor([ids], dtype=torch.long, device=device),
         torch.tensor([positions], dtype=torch.long, device=device),
-        _layout(trunks, branches, len(ids), device),
+        layout,
         prompt_starts,
         completion_starts,
         [len(prompt) for prompt in prompt_ids],
@@ -186,6 +200,7 @@ def _layout(
     trunks: list[range],
     branches: list[tuple[range, list[range]]],
     num_tokens: int,
+    num_filling: int,
     device: torch.device,
 ) -> Layout:
     blocks: list[Block] = []
@@ -209,9 +224,10 @@ def _layout(
     longest += [len(trunk) + len(span) for trunk, own in branches for span in own]
     return Layout(
         tuple(blocks),
-        _restore(spans, num_tokens, device),
-        _restore(prefixes, num_tokens, device) if branches else None,
+        functional.pad(_restore(spans, num_tokens, device), (0, num_filling)),
+        _restore(prefixes, num_tokens + num_filling, device) if branches else None,
         max(longest),
+        num_filling,
     )
 
 

@@ -27,7 +27,7 @@ from stages.models import (
     save_model,
     to_device,
 )
-from stages.precision import use_precision
+from stages.precision import freeze, use_precision
 from stages.provenance import provenance
 from stages.rewards.composition import build_rewarder
 from stages.rl import dpo, online
@@ -88,8 +88,7 @@ def _online(
     algorithm = online_algorithm(request.config)
     reference = policy
     if config.lora is None:
-        reference = use_precision(load_policy(folder, policy.device), config.precision)
-        reference.eval().requires_grad_(False)
+        reference = freeze(use_precision(load_policy(folder, policy.device), config.precision))
     critic: Critic | None = None
     if algorithm.critic is not None and algorithm.critic.shared_weight is not None:
         critic = SharedCritic(policy)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stages.core.gradients import gradient
 from stages.core.masks import upcast
 from stages.core.products import linear
 
@@ -128,14 +129,20 @@ class _Gradients:
     """Sums over chunks of the gradients of sum(upstream * logprobs)."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needed: Sequence[bool],
+        total: Tensor | None = None,
     ) -> None:
+        """total: the weight's gradient so far, to be added to."""
         self._wide = upcast(weight.new_empty(0)).dtype
         self._needs_weight = needed[1]
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight: Tensor | None = None
+        self.weight = total
         self.bias: Tensor | None = None
-        if needed[1] and not len(hidden):
+        if needed[1] and total is None and not len(hidden):
             self.weight = torch.zeros_like(weight, dtype=self._wide)
         if bias is not None and needed[2]:
             self.bias = torch.zeros_like(bias, dtype=self._wide)
@@ -197,7 +204,8 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets = ctx.saved_tensors
         head: _Head = ctx.head
         product_weight = weight.to(hidden.dtype)
-        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        total = gradient(weight)
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad, total)
         for number, chunk in enumerate(head.chunks(len(hidden))):
             logits = ctx.kept.pop(number, None)
             if logits is None:
@@ -207,7 +215,8 @@ class _TokenLogprobs(torch.autograd.Function):
                     probs, targets[chunk][rows], upstream[chunk][rows], head.temperature
                 )
             gradients.add(chunk, logits, hidden[chunk], product_weight)
-        return gradients.hidden, gradients.weight, gradients.bias, None, None
+        d_weight = gradients.weight if total is None else None
+        return gradients.hidden, d_weight, gradients.bias, None, None
 
 
 class _WeightedSum(torch.autograd.Function):

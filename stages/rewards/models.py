@@ -13,7 +13,7 @@ from schemas.training import Precision
 from stages import heartbeat
 from stages.forward import Sequences, scores_at
 from stages.models import load_with_head, to_device
-from stages.precision import use_precision
+from stages.precision import freeze, use_precision
 from stages.rewards.served import ServedModel
 
 
@@ -21,10 +21,7 @@ def load_scorer(
     folder: Path, kind: str, device: torch.device, precision: Precision
 ) -> PreTrainedModel:
     """A frozen reward model; kind is `outcome` or `process`."""
-    model = use_precision(to_device(load_with_head(folder, kind), device), precision)
-    model.eval()
-    model.requires_grad_(False)
-    return model
+    return freeze(use_precision(to_device(load_with_head(folder, kind), device), precision))
 
 
 @torch.inference_mode()

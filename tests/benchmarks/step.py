@@ -54,7 +54,7 @@ from stages.forward import Sequences
 from stages.gradient_checkpointing import use_gradient_checkpointing
 from stages.memory import TokenBudget
 from stages.models import load_policy, load_with_head, num_parameters, to_device
-from stages.precision import use_precision, weights_held
+from stages.precision import freeze, use_precision, weights_held
 from stages.rewards.composition import RewardBreakdown
 from stages.rewards.models import outcome_scores
 from stages.rl import dpo
@@ -206,7 +206,7 @@ def _online(
     use_gradient_checkpointing(policy, args.gradient_checkpointing, "rl.online")
     reference = None
     if algorithm.needs_reference:
-        reference = _frozen(use_precision(load_policy(folder, device), args.precision))
+        reference = freeze(use_precision(load_policy(folder, device), args.precision))
     critic = critic_optimizer = None
     if algorithm.critic is not None:
         critic = _with_head(folder, "value", device, args)
@@ -214,7 +214,7 @@ def _online(
         critic_optimizer = _optimizer(critic, algorithm.critic.optimizer, clock)
     reward_model = None
     if args.reward_model and args.algorithm == "ppo":
-        reward_model = _frozen(_with_head(folder, "outcome", device, args))
+        reward_model = freeze(_with_head(folder, "outcome", device, args))
     optimizer = _optimizer(policy, algorithm.optimizer, clock)
     engine = build_engine(
         RolloutConfig(engine=args.engine),
@@ -307,12 +307,6 @@ def _with_head(
     folder: Path, kind: str, device: torch.device, args: argparse.Namespace
 ) -> PreTrainedModel:
     return use_precision(to_device(load_with_head(folder, kind, 0), device), args.precision)
-
-
-def _frozen(model: PreTrainedModel) -> PreTrainedModel:
-    model.eval()
-    model.requires_grad_(False)
-    return model
 
 
 def _attention(model: PreTrainedModel, tokens: Sequence[int]) -> float:

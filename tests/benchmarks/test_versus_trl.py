@@ -17,10 +17,10 @@ def line(who: str, round_: int, tokens: float, memory: int, work: int = 64) -> d
         "round": round_,
         "training_tokens": work,
         "tokens_a_cpu_second": tokens,
-        "tokens_a_second": tokens / 2 if who == "posttrain" else tokens / 4,
+        "tokens_a_second": tokens / 2 if who.startswith("posttrain") else tokens / 4,
         "peak_memory_bytes": memory,
     }
-    return found | ({"num_trained_parameters": 10} if who == "posttrain" else {})
+    return found | ({"num_trained_parameters": 10} if who.startswith("posttrain") else {})
 
 
 def test_each_round_is_compared_with_itself_and_the_median_is_taken() -> None:
@@ -36,8 +36,25 @@ def test_each_round_is_compared_with_itself_and_the_median_is_taken() -> None:
         "tokens_a_second": pytest.approx(5.0),
         "memory_above_state": pytest.approx(0.4),
     }
-    assert ratios(found) == {"sft": {"TRL defaults": expected}}
-    assert table(ratios(found)).splitlines()[2] == "| sft | TRL defaults | 2.50 | 5.00 | 0.40 |"
+    assert ratios(found) == {"sft": {"posttrain : TRL defaults": expected}}
+    row = table(ratios(found)).splitlines()[2]
+    assert row == "| sft | posttrain : TRL defaults | 2.50 | 5.00 | 0.40 |"
+
+
+def test_a_second_measurement_of_ours_has_rows_of_its_own() -> None:
+    found = [
+        *(line("posttrain", 0, 300.0, 360), line("posttrain, checkpointed", 0, 200.0, 260)),
+        *(line("TRL defaults", 0, 100.0, 560), line("TRL fastest", 0, 150.0, 660)),
+    ]
+    rows = {name: one["tokens_a_cpu_second"] for name, one in ratios(found)["sft"].items()}
+    assert rows == {
+        "posttrain : TRL defaults": pytest.approx(3.0),
+        "posttrain : TRL fastest": pytest.approx(2.0),
+        "posttrain, checkpointed : TRL defaults": pytest.approx(2.0),
+        "posttrain, checkpointed : TRL fastest": pytest.approx(200 / 150),
+    }
+    one = ratios(found)["sft"]["posttrain, checkpointed : TRL defaults"]
+    assert one["memory_above_state"] == pytest.approx(100 / 400)
 
 
 def test_two_that_did_not_do_the_same_work_are_not_compared() -> None:

@@ -9,7 +9,8 @@ one JSON line a measurement, then one with the median ratios, and these as a tab
 CPU-second and a second (ours over TRL's), and peak memory above what training has to hold, 16
 bytes for each parameter that an optimizer moves. --offline-lengths and --online-lengths say how
 long sequences are; the two sides draw the same lengths. TRL has bf16 autocast in all its settings,
-and so have we.
+and so have we. Its defaults compute layers again in the backward pass, which saves memory and costs
+time: --also-checkpointed measures us once more, doing that too.
 
 TRL 1.16 has neither PPO nor PRM: --trl-python-ppo names the Python of an environment with TRL 1.12.
 PPO does TRL's amount of work on both sides: a policy, a critic of its own, a reference and a reward
@@ -20,6 +21,7 @@ completion.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -35,6 +37,7 @@ from tests.benchmarks.workload import ALGORITHMS, OFFLINE
 HERE = Path(__file__).parent
 _BYTES_A_PARAMETER = 16  # weights, gradient and two moments in float32
 _PPO_EPOCHS = 4  # TRL's default
+_OURS, _CHECKPOINTED = "posttrain", "posttrain, checkpointed"
 _COLUMNS = ("tokens_a_cpu_second", "tokens_a_second", "memory_above_state")
 
 
@@ -55,7 +58,10 @@ def main() -> None:
 def measurements(args: argparse.Namespace, algorithm: str) -> Iterator[dict[str, Any]]:
     """Ours, and TRL's with each of the settings."""
     work = ["--algorithm", algorithm, "--model", args.model, *work_of(args, algorithm)]
-    yield _run([sys.executable, "-m", "tests.benchmarks.step", *work]) | {"who": "posttrain"}
+    ours = [sys.executable, "-m", "tests.benchmarks.step", *work]
+    yield _run(ours) | {"who": _OURS}
+    if args.also_checkpointed:
+        yield _run([*ours, "--gradient-checkpointing"]) | {"who": _CHECKPOINTED}
     python = args.trl_python_ppo if algorithm in ("ppo", "prm") else args.trl_python
     for settings in args.settings.split(","):
         command = [python, str(HERE / "trl_step.py"), *work, "--settings", settings]
@@ -87,18 +93,19 @@ def work_of(args: argparse.Namespace, algorithm: str) -> list[str]:
 
 
 def ratios(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """By algorithm and by TRL's settings: medians over the rounds."""
+    """By algorithm, and by ours against TRL's settings: medians over the rounds."""
     result: dict[str, dict[str, dict[str, float]]] = {}
-    ours = {(one["algorithm"], one["round"]): one for one in found if one["who"] == "posttrain"}
+    lines = {(one["algorithm"], one["round"], one["who"]): one for one in found}
     for algorithm in dict.fromkeys(one["algorithm"] for one in found):
-        for who in dict.fromkeys(one["who"] for one in found if one["who"] != "posttrain"):
+        names = list(dict.fromkeys(who for name, _, who in lines if name == algorithm))
+        for ours, theirs in itertools.product((_OURS, _CHECKPOINTED), names):
             pairs = [
-                _ratios(ours[algorithm, one["round"]], one)
-                for one in found
-                if one["who"] == who and one["algorithm"] == algorithm
+                _ratios(lines[algorithm, round_, ours], one)
+                for (name, round_, who), one in lines.items()
+                if (name, who) == (algorithm, theirs) and (algorithm, round_, ours) in lines
             ]
-            if pairs:
-                result.setdefault(algorithm, {})[who] = {
+            if pairs and theirs.startswith("TRL"):
+                result.setdefault(algorithm, {})[f"{ours} : {theirs}"] = {
                     column: statistics.median(pair[column] for pair in pairs) for column in _COLUMNS
                 }
     return result
@@ -107,7 +114,7 @@ def ratios(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, flo
 def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
     """`ratios` in Markdown."""
     lines = [
-        "| algorithm | against | tokens a CPU-second | tokens a second | memory above state |",
+        "| algorithm | ours : theirs | tokens a CPU-second | tokens a second | memory over state |",
         "|---|---|---|---|---|",
     ]
     for algorithm, settings in found.items():
@@ -154,6 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument("--algorithms", default=",".join(ALGORITHMS))
     parser.add_argument("--settings", default="defaults,fastest", help="TRL's, one or both")
+    parser.add_argument(
+        "--also-checkpointed", action="store_true", help="ours with gradient_checkpointing too"
+    )
     parser.add_argument("--trl-python", default=".venv-trl/bin/python")
     parser.add_argument("--trl-python-ppo", default=".venv-trl-ppo/bin/python")
     parser.add_argument("--rounds", type=int, default=3)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama
@@ -17,7 +20,10 @@ from schemas.training import LoRAConfig, Precision
 from stages import lean_layers
 from stages.adapters import add_adapters
 from stages.core import products
-from stages.lean_layers import _GatedMLP, _Linear, _RMSNorm, _Rotation, use_lean_layers
+from stages.forward import Sequences, completion_logprobs, hidden_states
+from stages.gradient_checkpointing import use_gradient_checkpointing
+from stages.layer_functions import GatedMLP, Linear, RMSNorm, Rotation
+from stages.lean_layers import use_lean_layers
 from stages.packing import pack
 from stages.precision import computing, use_precision, weights_held
 
@@ -52,27 +58,27 @@ def rotation(x: Tensor) -> Tensor:
 
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]] = {
     "norm": (
-        lambda x, w: _RMSNorm.apply(x, w, 1e-5, x.dtype),
+        lambda x, w: RMSNorm.apply(x, w, 1e-5, x.dtype),
         rms_norm,
         [drawn(2, 5, 6), drawn(6)],
     ),
     "norm that keeps its result": (
-        lambda x, w: _RMSNorm.apply(x, w, 1e-5, x.dtype, True),
+        lambda x, w: RMSNorm.apply(x, w, 1e-5, x.dtype, True),
         rms_norm,
         [drawn(2, 5, 6), drawn(6)],
     ),
     "linear": (
-        lambda x, w, b: _Linear.apply(x, w, b, w.detach()),
+        lambda x, w, b: Linear.apply(x, w, b, w.detach()),
         functional.linear,
         [drawn(2, 5, 6), drawn(3, 6), drawn(3)],
     ),
     "gated MLP": (
-        lambda x, *maps: _GatedMLP.apply(x, *maps, *(m.detach() for m in maps)),
+        lambda x, *maps: GatedMLP.apply(x, *maps, *(m.detach() for m in maps)),
         gated_mlp,
         [drawn(2, 5, 6), drawn(7, 6), drawn(7, 6), drawn(6, 7)],
     ),
     "rotation": (
-        lambda x: _Rotation.apply(x, ANGLES.cos(), ANGLES.sin()),
+        lambda x: Rotation.apply(x, ANGLES.cos(), ANGLES.sin()),
         rotation,
         [drawn(1, 3, 5, 8)],
     ),
@@ -86,19 +92,18 @@ def test_values_and_gradients_are_those_of_autograd(name: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def model() -> PreTrainedModel:
+def model(**options: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-        )
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 32,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    return LlamaForCausalLM(LlamaConfig(**sizes | options))
 
 
 IDS = torch.arange(12)[None] % 32
@@ -125,6 +130,65 @@ def test_values_and_gradients_in_float32_are_those_of_float64(
     for ours, theirs in zip(found[replaced], found[exact], strict=True):
         assert ours.dtype == torch.float32
         assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+class Made(TorchDispatchMode):
+    """Elements of every tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        inputs = {id(leaf) for leaf in tree_leaves((args, kwargs))}
+        self.sizes += [
+            leaf.numel()
+            for leaf in tree_leaves(out)
+            if isinstance(leaf, Tensor) and leaf._base is None and id(leaf) not in inputs
+        ]
+        return out
+
+
+def passes(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
+    """One backward pass a row, their gradients added up."""
+    for row in rows:
+        logprobs, _ = completion_logprobs(model, Sequences([[3]], [row]), len(row))
+        logprobs.sum().backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_micro_batches_add_up(
+    precision: Precision, checkpointing: bool, tied: bool
+) -> None:
+    rows = [[5, 6, 5], [5, 9], [0, 1, 2, 7]]
+    apart = []
+    for some in ([rows[0]], [rows[1]], [rows[2]], rows):
+        # Token 0 is the one that fills up, whose row autograd leaves alone as an input.
+        ours = use_precision(model(tie_word_embeddings=tied, pad_token_id=0), precision).train()
+        use_gradient_checkpointing(ours, checkpointing, "sft")
+        passes(ours, some)
+        apart.append({name: p.grad for name, p in ours.named_parameters()})
+    assert apart[3].keys() == apart[0].keys() and len(apart[3]) >= 20
+    for name, together in apart[3].items():
+        parts = [one[name] for one in apart[:3]]
+        torch.testing.assert_close(together, sum(parts[1:], parts[0]), rtol=1e-6, atol=1e-6)
+    if not tied:
+        assert not apart[3]["model.embed_tokens.weight"][0].any()
+
+
+def test_only_the_first_micro_batch_makes_a_gradient_as_tall_as_the_embedding() -> None:
+    ours = use_precision(model(vocab_size=1024), "float32")
+    made = []
+    for _ in range(2):
+        with Made() as watch:
+            hidden_states(ours, pack([[]], [[1, 2, 3]], device=IDS.device)).sum().backward()
+        made.append(max(watch.sizes))
+    assert made[0] == 1024 * 32 and made[1] < 1024 * 32
 
 
 def test_every_part_of_a_llama_is_replaced() -> None:

@@ -42,6 +42,22 @@ def test_a_shared_prompt_is_laid_down_once_and_its_branches_go_on_from_it() -> N
     assert batch.layout.longest == 5
 
 
+def test_a_long_row_is_filled_up_with_tokens_that_are_nowhere() -> None:
+    short = pack([[1]], [[2] * 254], device=CPU)
+    assert short.input_ids.shape == (1, 255) and short.layout.num_filling == 0
+    batch = pack([[7] * 3] * 2, [[8] * 150, [9] * 140], device=CPU)
+    assert batch.input_ids.shape == batch.position_ids.shape == (1, 304)
+    assert batch.layout.num_filling == 11
+    assert batch.input_ids[0, 292:].tolist() == [9] + [7] * 11
+    assert batch.position_ids[0, 292:].tolist() == [142] + [0] * 11
+    assert batch.layout.restore.shape == (304,) and not batch.layout.restore[293:].any()
+    assert batch.layout.prefix_restore is not None
+    assert batch.layout.prefix_restore.tolist() == [0, 1, 2] + [3] * 301
+    for block in batch.layout.blocks:
+        assert int(block.tokens.max()) < 293
+    assert batch.layout.longest == 153
+
+
 def test_micro_batches_stay_within_the_budget_and_lose_nothing() -> None:
     # Longest first: 9 alone (4 more would be 13); 4 + 4 + 2 = 10; 1.
     assert list(micro_batches([4, 9, 1, 4, 2], 10)) == [[1], [0, 3, 4], [2]]
@@ -128,6 +144,7 @@ def test_a_packed_row_equals_single_sequences_in_values_and_gradients(
     # Small tiles and chunks, so that every loop goes round more than once.
     monkeypatch.setattr(attention, "_CHUNK", 16)
     monkeypatch.setattr(attention, "_TILE", 5000)
+    monkeypatch.setattr(packing, "_LONG_ROW", 1)  # filled up, all of them
     if fused:
         monkeypatch.setattr(attention, "exact_attention", attention.fused_attention)
     model = model_of(heads=4, key_heads=1 + seed % 2)

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from schemas.rl import SamplingConfig
 from stages.forward import Sequences, completion_logprobs
 from stages.gradient_checkpointing import use_gradient_checkpointing
-from stages.precision import compute_dtype, use_precision, weights_held
+from stages.precision import compute_dtype, freeze, use_precision, weights_held
 from stages.rollout.native import NativeEngine
 
 SEQUENCES = Sequences(
@@ -99,3 +99,22 @@ def test_a_region_may_begin_with_inference_and_go_on_with_training() -> None:
         found = gradient(model)
     assert before.any()
     assert torch.equal(found, gradient(other))
+
+
+def test_a_frozen_model_is_smaller_and_gives_the_same_to_the_bit() -> None:
+    model = fresh("bfloat16")
+    with torch.no_grad():
+        before = completion_logprobs(model, SEQUENCES, 60)
+        freeze(model)
+        after = completion_logprobs(model, SEQUENCES, 60)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any(p.requires_grad for p in model.parameters())
+    formats = {name: p.dtype for name, p in model.named_parameters()}
+    linear = {name for name in formats if "_proj." in name}
+    assert len(linear) == 3 * 7
+    assert all((formats[name] == torch.bfloat16) == (name in linear) for name in formats)
+
+
+def test_a_model_frozen_in_float32_stays_in_it() -> None:
+    model = freeze(fresh("float32"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
