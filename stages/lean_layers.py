@@ -115,9 +115,15 @@ def store_weights(backbone: nn.Module, dtype: torch.dtype) -> None:
     For a model that is not trained, after `use_lean_layers`: its products read these weights in
     that format and no other, so it gives what it gave.
     """
-    for module in _decoder_layers(backbone).modules():
-        if type(module) is nn.Linear and hasattr(module, _WEIGHTS):
-            module.weight.data = module.weight.data.to(dtype)
+    narrow = {
+        id(module.weight)
+        for module in _decoder_layers(backbone).modules()
+        if type(module) is nn.Linear and hasattr(module, _WEIGHTS)
+    }
+    for parameter in backbone.parameters():
+        wanted = dtype if id(parameter) in narrow else parameter.dtype
+        # Copies, all of them: the file stays in memory as long as one weight is read from it.
+        parameter.data = parameter.data.to(wanted, copy=True)
 
 
 def _decoder_layers(backbone: nn.Module) -> nn.Module:

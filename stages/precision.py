@@ -47,7 +47,9 @@ def freeze(model: _Model) -> _Model:
     model.eval().requires_grad_(False)
     backbone = model.base_model
     assert isinstance(backbone, nn.Module)
-    store_weights(backbone, compute_dtype(model))
+    dtype = compute_dtype(model)
+    if dtype != next(model.parameters()).dtype:
+        store_weights(backbone, dtype)
     return model
 
 
