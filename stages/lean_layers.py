@@ -109,7 +109,7 @@ def held_weights(backbone: nn.Module) -> HeldWeights | None:
     return weights
 
 
-def store_weights(backbone: nn.Module, dtype: torch.dtype) -> None:
+def store_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep the weights of linear maps of the decoder layers in the format of their products alone.
 
     For a model that is not trained, after `use_lean_layers`: its products read these weights in
@@ -117,19 +117,19 @@ def store_weights(backbone: nn.Module, dtype: torch.dtype) -> None:
     """
     narrow = {
         id(module.weight)
-        for module in _decoder_layers(backbone).modules()
+        for module in _decoder_layers(model).modules()
         if type(module) is nn.Linear and hasattr(module, _WEIGHTS)
     }
-    for parameter in backbone.parameters():
+    for parameter in model.parameters():
         wanted = dtype if id(parameter) in narrow else parameter.dtype
         # Copies, all of them: the file stays in memory as long as one weight is read from it.
         parameter.data = parameter.data.to(wanted, copy=True)
 
 
-def _decoder_layers(backbone: nn.Module) -> nn.Module:
+def _decoder_layers(model: nn.Module) -> nn.Module:
     """The longest list of modules. What lies outside, such as the last norm, feeds a head that may
     want float32."""
-    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len, default=nn.ModuleList())
 
 

@@ -45,11 +45,9 @@ def freeze(model: _Model) -> _Model:
     In bfloat16 its weights take half the memory, and its answers are the same to the bit.
     """
     model.eval().requires_grad_(False)
-    backbone = model.base_model
-    assert isinstance(backbone, nn.Module)
     dtype = compute_dtype(model)
     if dtype != next(model.parameters()).dtype:
-        store_weights(backbone, dtype)
+        store_weights(model, dtype)
     return model
 
 

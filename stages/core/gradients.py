@@ -21,5 +21,5 @@ def added(weight: Tensor, part: Tensor) -> Tensor | None:
 
 
 def gradient(weight: Tensor) -> Tensor | None:
-    """A weight's gradient, if there is one; a tensor that is none's weight never has it."""
+    """A weight's gradient, if it has one; what is computed from others has none."""
     return weight.grad if weight.is_leaf else None

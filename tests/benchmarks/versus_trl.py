@@ -97,14 +97,14 @@ def ratios(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, flo
     result: dict[str, dict[str, dict[str, float]]] = {}
     lines = {(one["algorithm"], one["round"], one["who"]): one for one in found}
     for algorithm in dict.fromkeys(one["algorithm"] for one in found):
-        names = list(dict.fromkeys(who for name, _, who in lines if name == algorithm))
-        for ours, theirs in itertools.product((_OURS, _CHECKPOINTED), names):
+        others = [who for name, _, who in lines if name == algorithm and who.startswith("TRL")]
+        for ours, theirs in itertools.product((_OURS, _CHECKPOINTED), dict.fromkeys(others)):
             pairs = [
                 _ratios(lines[algorithm, round_, ours], one)
                 for (name, round_, who), one in lines.items()
                 if (name, who) == (algorithm, theirs) and (algorithm, round_, ours) in lines
             ]
-            if pairs and theirs.startswith("TRL"):
+            if pairs:
                 result.setdefault(algorithm, {})[f"{ours} : {theirs}"] = {
                     column: statistics.median(pair[column] for pair in pairs) for column in _COLUMNS
                 }

@@ -105,10 +105,14 @@ def test_a_frozen_model_is_smaller_and_gives_the_same_to_the_bit() -> None:
     model = fresh("bfloat16")
     with torch.no_grad():
         before = completion_logprobs(model, SEQUENCES, 60)
+        loaded = {p.data_ptr() for p in model.parameters()}
+        kept = [p.data for p in model.parameters()]  # so that no address is used again
         freeze(model)
         after = completion_logprobs(model, SEQUENCES, 60)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not any(p.requires_grad for p in model.parameters())
+    # The head's too: a single weight would keep the file that was loaded in memory.
+    assert len(kept) == 30 and loaded.isdisjoint(p.data_ptr() for p in model.parameters())
     formats = {name: p.dtype for name, p in model.named_parameters()}
     linear = {name for name in formats if "_proj." in name}
     assert len(linear) == 3 * 7

@@ -19,12 +19,12 @@ def test_two_by_two_by_hand() -> None:
     assert linear(states, weight, torch.tensor([0.5, -0.5])).tolist() == [[11.5, 16.5]]
 
 
-@pytest.mark.parametrize("size", [3, 300])  # below and above what oneDNN is asked for
+@pytest.mark.parametrize("size", [3, 256])  # below and above what oneDNN is asked for
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_products_of_transposed_views_are_those_of_float64(size: int, dtype: torch.dtype) -> None:
     states, weight = drawn(size, size + 1).to(dtype), drawn(size + 2, size + 1, seed=1).to(dtype)
     grad = drawn(size, size + 2, seed=2).to(dtype)
-    tolerance = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float64: 1e-14}[dtype]
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-14}[dtype]
     for left, right in ((states, weight), (grad, weight.T), (grad.T, states.T)):
         expected = left.double() @ right.double().T
         found = linear(left, right)
