@@ -21,6 +21,14 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 START_SECONDS = 180.0
+STANDSTILL_SECONDS = 150.0
+"""How long Prefect's server on SQLite may stand still, with room to spare.
+
+Its connections wait up to 60 s for the lock of the database (`PRAGMA busy_timeout`), each in a
+thread of its own. If Python's garbage collector then frees a cursor of such a connection in the
+thread of the event loop, sqlite3_reset waits there for the same 60 s, and so does every request,
+also the one that holds the lock.
+"""
 TERMINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 MAIN = ("-c", "from flows.cli import main; main()")
 """Arguments of Python that make it the command line."""
@@ -42,7 +50,7 @@ def wait_for(what: Callable[[], Any], seconds: float = 120.0, log: Path | None =
     return found
 
 
-def fetch(url: str, document: Any = None, timeout: float = 30.0) -> Any:
+def fetch(url: str, document: Any = None, timeout: float = STANDSTILL_SECONDS) -> Any:
     """JSON from a server of this machine, whatever the proxy settings are.
 
     Prefect answers 503 while its database is locked, and wants to be asked again.
@@ -205,11 +213,11 @@ class PrefectServer:
         self.process.start()
         self.wait()
 
-    def revive(self, patience: float = 20.0) -> None:
+    def revive(self, patience: float = STANDSTILL_SECONDS) -> None:
         """Start again if it gives no answer for `patience` seconds.
 
-        Seen once: after many "database is locked", Prefect on SQLite took connections and answered
-        none, without using the processor, and every test after that waited for it.
+        Before 3.8.6, Prefect on SQLite can stop for good when an automation is written
+        (PrefectHQ/prefect#23055), and every test after that would wait for it.
         """
         try:
             fetch(f"{self.url}/health", timeout=patience)

@@ -18,7 +18,7 @@ from flows.recipes import load_recipe
 from flows.slot import device_slot
 from infra.environment import Home
 from schemas.base import UserError
-from tests.servers import PrefectServer, wait_for
+from tests.servers import STANDSTILL_SECONDS, PrefectServer, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
@@ -114,7 +114,7 @@ def test_a_server_that_is_restarted_does_not_lose_the_slot(
         real_prefect.start()
         assert active_slots(limit) == 1
         before = expiration(real_prefect, limit)
-        wait_for(lambda: expiration(real_prefect, limit) > before, 30)
+        wait_for(lambda: expiration(real_prefect, limit) > before, STANDSTILL_SECONDS)
         assert "second begins" not in order
         order.append("first ends")
     thread.join(90)

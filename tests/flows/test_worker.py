@@ -22,7 +22,15 @@ from flows.pipeline import post_train
 from flows.recipes import load_recipe
 from flows.runs import Runs
 from infra.environment import Home
-from tests.servers import MAIN, PrefectServer, Process, command, wait_for, worker
+from tests.servers import (
+    MAIN,
+    STANDSTILL_SECONDS,
+    PrefectServer,
+    Process,
+    command,
+    wait_for,
+    worker,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server", "tracked_home")]
 
@@ -132,7 +140,7 @@ def test_a_schedule_fires_on_a_process_worker(
         found = server.ask("events/filter", filter=ours)["events"]
         return [one for one in found if f"prefect.flow-run.{failed['id']}" in _related(one)]
 
-    (event,) = wait_for(events, 60, server.log)  # the server writes them in batches
+    (event,) = wait_for(events, STANDSTILL_SECONDS, server.log)  # the server writes them in batches
     assert event["event"] == "posttrain.stage.failed"
     assert event["payload"]["stage"] == "prepare_data:demonstrations"
     assert f"posttrain.run.{event['payload']['run']}" in _related(event)
@@ -257,7 +265,9 @@ def check_recovery(night: Training, name: str) -> None:
     ended = night.server.wait_until_ended(run, 300, night.log)
     # The state after the first crash is not the end: it is waited for again.
     if ended["state_type"] == "CRASHED":
-        wait_for(lambda: night.server.run(run)["state_type"] != "CRASHED", 60, night.log)
+        wait_for(
+            lambda: night.server.run(run)["state_type"] != "CRASHED", STANDSTILL_SECONDS, night.log
+        )
         ended = night.server.wait_until_ended(run, 300, night.log)
     night.show(ended)
     assert ended["state_type"] == "COMPLETED", ended["state"]["message"]
@@ -283,7 +293,9 @@ def test_a_run_that_is_killed_too_often_stays_crashed(training: Any) -> None:
             os.kill(stage.parent().pid, signal.SIGKILL)
             wait_for(lambda: not night.ours(), 30, night.log)
         # Worker and runner both report a crash, so the state may be there more than once.
-        wait_for(lambda: night.server.run(run)["state_type"] == "CRASHED", 60, night.log)
+        wait_for(
+            lambda: night.server.run(run)["state_type"] == "CRASHED", STANDSTILL_SECONDS, night.log
+        )
         # It would be back within seconds.
         with pytest.raises(AssertionError):
             wait_for(lambda: night.server.run(run)["state_type"] != "CRASHED", 20)
@@ -325,7 +337,7 @@ def test_a_run_that_is_cancelled_checkpoints_and_the_next_goes_on(training: Any)
         asked = datetime.now(UTC)
         wait_for(lambda: not night.ours(), 60, night.log)
         left = (datetime.now(UTC) - asked).total_seconds()
-        ended = night.server.wait_until_ended(run, 60, night.log)
+        ended = night.server.wait_until_ended(run, STANDSTILL_SECONDS, night.log)
         night.show(ended)
         assert ended["state_type"] == "CANCELLED"
         assert left < 45  # 10 s until the worker hears of it, and 30 s for the stage
