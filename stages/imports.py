@@ -1,8 +1,12 @@
-"""What the process of a stage does not import."""
+"""What the process of a stage imports, and what it does not."""
 
 from __future__ import annotations
 
+import gc
+import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # For object detection and assisted decoding, which no stage does: 0.8 s and 110 MB of each process.
 _UNUSED = ("scipy", "sklearn")
@@ -25,3 +29,25 @@ def hide_unused_packages() -> None:
     finally:
         for name in missing:
             del sys.modules[name]
+
+
+def import_stage(name: str, *, hide: bool) -> None:
+    """Import `stages.NAME` and all that it takes, before it runs; `hide` what transformers would.
+
+    Garbage is not collected meanwhile, and what was imported is left out of later collections: each
+    of them looks at every object, of which torch and transformers make more than half a million.
+    """
+    with _uncollected():
+        if hide:
+            hide_unused_packages()
+        importlib.import_module(f"stages.{name}")
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

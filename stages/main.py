@@ -23,7 +23,7 @@ from schemas.base import UserError
 from schemas.fingerprint import fingerprint
 from schemas.requests import AnyRequest, request_adapter
 from stages import heartbeat, termination
-from stages.imports import hide_unused_packages
+from stages.imports import import_stage
 
 logger = logging.getLogger("posttrain")
 
@@ -34,6 +34,9 @@ _WITH_CHECKPOINTS = (
     "train_process_reward_model",
     "train_rl",
 )
+
+# These do without transformers.
+_WITHOUT_TRANSFORMERS = ("prepare_data", "credit")
 
 
 class DamagedRequest(UserError):
@@ -59,6 +62,8 @@ def main() -> int:
         request = read_request(work_dir / "request.json")
         if request.stage in _WITH_CHECKPOINTS:
             termination.install()
+        heartbeat.beat(f"importing {request.stage}")
+        import_stage(request.stage, hide=request.stage not in _WITHOUT_TRANSFORMERS)
         artifact = run_stage(request, run_dir=work_dir, tracker=tracker)
         heartbeat.beat("publishing the artifact")
         Store(request.runtime.store).publish(request.fingerprint, artifact)
@@ -145,8 +150,6 @@ def run_stage(request: AnyRequest, *, run_dir: Path, tracker: Tracker) -> AnyArt
 
 
 def _prepare_torch(request: AnyRequest) -> None:
-    heartbeat.beat("importing torch and transformers")
-    hide_unused_packages()
     import transformers
 
     from infra.devices import configure_threads, deterministic
@@ -155,7 +158,6 @@ def _prepare_torch(request: AnyRequest) -> None:
     deterministic()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    heartbeat.beat(f"importing {request.stage}")
 
 
 def _disk_is_full(error: Exception, work_dir: Path) -> bool:

@@ -8,18 +8,26 @@ import sys
 import pytest
 
 _CHECK = """
-import sys
-from stages.imports import hide_unused_packages
+import gc, sys, weakref
+from stages.imports import import_stage
 
-hide_unused_packages()
+class Cycle:
+    def __init__(self):
+        self.own = self
+
+import_stage("train_rl", hide=True)
 from transformers import LlamaForCausalLM
-from stages import train_rl
 found = {name.partition(".")[0] for name in sys.modules}
 assert not found & {"scipy", "sklearn"}, found & {"scipy", "sklearn"}
 
 import scipy.stats
 import sklearn.metrics
 assert sklearn.metrics.accuracy_score([1, 0], [1, 1]) == 0.5
+
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+made = weakref.ref(Cycle())
+gc.collect()
+assert made() is None
 """
 
 
