@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 # For object detection and assisted decoding, which no stage does: 0.8 s and 110 MB of each process.
 _UNUSED = ("scipy", "sklearn")
@@ -37,17 +35,11 @@ def import_stage(name: str, *, hide: bool) -> None:
     Garbage is not collected meanwhile, and what was imported is left out of later collections: each
     of them looks at every object, of which torch and transformers make more than half a million.
     """
-    with _uncollected():
+    gc.disable()
+    try:
         if hide:
             hide_unused_packages()
         importlib.import_module(f"stages.{name}")
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    gc.disable()
-    try:
-        yield
     finally:
         gc.freeze()
         gc.enable()

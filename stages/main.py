@@ -108,17 +108,18 @@ def read_request(path: Path) -> AnyRequest:
 
 
 def run_stage(request: AnyRequest, *, run_dir: Path, tracker: Tracker) -> AnyArtifact:
-    """Run the stage that a request is for. Stages are imported here, each only when it runs."""
-    if request.stage == "prepare_data":
-        from stages import prepare_data
-
-        return prepare_data.run(request, run_dir=run_dir, tracker=tracker)
-    if request.stage == "credit":
-        from stages import credit
-
-        return credit.run(request, run_dir=run_dir, tracker=tracker)
-    _prepare_torch(request)
+    """Run the stage that a request is for. Each is imported only when it runs."""
+    if request.stage not in _WITHOUT_TRANSFORMERS:
+        _prepare_torch(request)
     match request.stage:
+        case "prepare_data":
+            from stages import prepare_data
+
+            return prepare_data.run(request, run_dir=run_dir, tracker=tracker)
+        case "credit":
+            from stages import credit
+
+            return credit.run(request, run_dir=run_dir, tracker=tracker)
         case "train_sft":
             from stages import train_sft
 
