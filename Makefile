@@ -60,9 +60,9 @@ FUZZ_EXAMPLES ?= 1000
 fuzz: $(VENV)/.test
 	POSTTRAIN_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(PYTEST) tests/fuzz --timeout 3600
 
-# Real servers that are killed and restarted under real runs, and PostgreSQL behind both of them.
+# Real servers that are killed and restarted under real runs: on SQLite, and PostgreSQL behind both.
 test-servers: $(VENV)/.test
-	$(PYTEST) -m servers
+	POSTTRAIN_TEST_PREFECT_DATABASE=sqlite $(PYTEST) -m servers
 
 # Every stage killed, starved, cut off and lied to, and compared to the bit with one that was left
 # alone. The table goes to the end of the output, and to $(FAULT_MATRIX).

@@ -33,22 +33,38 @@ _LEASES = (
 )
 """Else a server that is restarted forgets who holds a slot, and the slot is never free again."""
 
+_ATTEMPTS = 9
 
-def require_server(url: str, home: Home) -> None:
-    """Refuse to schedule anything where no Prefect server answers."""
+
+def require_server(url: str, home: Home, seconds: float = 10.0) -> None:
+    """Refuse to schedule anything where no Prefect server answers.
+
+    seconds: how long one attempt may take. A server that takes the connection is asked again, nine
+    times in all: on SQLite it may stand still for a minute.
+
+    Raises UserError where nobody listens, or nobody answers.
+    """
     local = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
     handlers = [urllib.request.ProxyHandler({})] if local else []
-    try:
-        with urllib.request.build_opener(*handlers).open(f"{url.rstrip('/')}/health", timeout=10):
-            return
-    except urllib.error.HTTPError:
-        return  # somebody is there; Prefect's client says what is wrong
-    except (urllib.error.URLError, OSError, ValueError):
-        raise UserError(
-            f"no Prefect server answers at the address in PREFECT_API_URL (default {DEFAULT_API}): "
-            f"start one with PREFECT_HOME={home.prefect_home} {_LEASES} prefect server start, "
-            "or set PREFECT_API_URL"
-        ) from None
+    opener = urllib.request.build_opener(*handlers)
+    for _ in range(_ATTEMPTS):
+        try:
+            with opener.open(f"{url.rstrip('/')}/health", timeout=seconds):
+                return
+        except urllib.error.HTTPError:
+            return  # somebody is there; Prefect's client says what is wrong
+        except TimeoutError:
+            continue  # connected, without an answer; where nobody connects it is a URLError
+        except (urllib.error.URLError, OSError, ValueError):
+            raise UserError(
+                "no Prefect server answers at the address in PREFECT_API_URL "
+                f"(default {DEFAULT_API}): start one with PREFECT_HOME={home.prefect_home} "
+                f"{_LEASES} prefect server start, or set PREFECT_API_URL"
+            ) from None
+    raise UserError(
+        f"the Prefect server at {url} takes connections and gave no answer for "
+        f"{_ATTEMPTS * seconds:.0f} s: look at its log, and start it again"
+    )
 
 
 @dataclass(frozen=True)

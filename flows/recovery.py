@@ -3,13 +3,13 @@
 A worker says that a run crashed whose process it sees ending. Where the worker died with it, nobody
 does: then the run's heartbeat is missing. A crashed run is scheduled again, and goes on from its
 last checkpoints. A busy server may lose that action, and Prefect does not try it again: so a run
-that stays crashed is scheduled a minute later.
+that stays crashed is scheduled once more.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 if TYPE_CHECKING:
@@ -21,8 +21,15 @@ HEARTBEAT_SECONDS = 30
 _HEARTBEAT = "prefect.flow-run.heartbeat"
 _CRASHED = "prefect.flow-run.Crashed"
 _ANY = "prefect.flow-run.*"
-_OVERLOOKED = timedelta(seconds=60)
-"""How long a run may stay crashed before it is tried again to bring it back."""
+_BACK = timedelta(seconds=30)
+"""How long a run stays crashed before it is brought back.
+
+A worker reports a crash twice: when the process ends, and after it has imported the flow to look
+for its hooks, which takes seconds. The second report is refused while the run is crashed, and would
+mark it as crashed again once it is scheduled or runs.
+"""
+_OVERLOOKED = timedelta(seconds=90)
+"""How long it may stay crashed before it is tried again to bring it back."""
 
 
 def set_recovery(
@@ -37,8 +44,9 @@ def set_recovery(
 
     with get_client(sync_client=True) as client:
         _put(client, _silent(deployment_id, full_name, silence_seconds))
-        _put(client, _back(deployment_id, full_name, recoveries, at_once=True))
-        _put(client, _back(deployment_id, full_name, recoveries, at_once=False))
+        back, overlooked = f"{full_name}: back after a crash", " that was overlooked"
+        _put(client, _back(back, deployment_id, recoveries, _BACK))
+        _put(client, _back(back + overlooked, deployment_id, recoveries, _OVERLOOKED))
 
 
 def _silent(deployment_id: UUID, full_name: str, silence_seconds: float) -> AutomationCore:
@@ -69,25 +77,20 @@ def _silent(deployment_id: UUID, full_name: str, silence_seconds: float) -> Auto
     )
 
 
-def _back(deployment_id: UUID, full_name: str, recoveries: int, *, at_once: bool) -> AutomationCore:
+def _back(
+    name: str, deployment_id: UUID, recoveries: int, crashed_for: timedelta
+) -> AutomationCore:
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-    # At once, on the event of the crash; or later, where no other event of the run has followed it.
-    when: dict[str, Any] = {"posture": Posture.Reactive, "expect": {_CRASHED}}
-    if not at_once:
-        when = {
-            "posture": Posture.Proactive,
-            "after": {_CRASHED},
-            "expect": {_ANY},
-            "within": _OVERLOOKED,
-        }
     return AutomationCore(
-        name=f"{full_name}: back after a crash" + ("" if at_once else " that was overlooked"),
+        name=name,
         description=f"A crashed run is started again, {recoveries} times at most.",
         enabled=recoveries > 0,
         trigger=EventTrigger(
+            after={_CRASHED},
+            expect={_ANY},
             match={
                 "prefect.resource.id": [_ANY],
                 # The event says how often the run was started: what never started is not in here.
@@ -95,8 +98,9 @@ def _back(deployment_id: UUID, full_name: str, recoveries: int, *, at_once: bool
             },
             match_related=_of(deployment_id),
             for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
             threshold=1,
-            **when,
+            within=crashed_for,
         ),
         actions=[
             ChangeFlowRunState(

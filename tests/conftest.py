@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
-from tests.servers import MlflowServer, PrefectServer
+from tests.servers import MlflowServer, Postgres, PrefectServer, postgres_programs
 
+_DATABASE = "POSTTRAIN_TEST_PREFECT_DATABASE"
 _LONG = ("test_end_to_end.py", "test_worker.py", "test_mlflow_outage.py")
 
 
@@ -33,10 +36,20 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowSe
 
 @pytest.fixture(scope="session")
 def real_prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
-    """A real Prefect server; a test that kills it starts it again."""
-    server = PrefectServer(tmp_path_factory.mktemp("prefect-server"))
-    yield server
-    server.process.end()
+    """A real Prefect server; a test that kills it starts it again.
+
+    On PostgreSQL where that is installed: on SQLite it may stand still for a minute. `make
+    test-servers` has SQLite all the same.
+    """
+    with ExitStack() as stack:
+        database = None
+        if postgres_programs() is not None and os.environ.get(_DATABASE) != "sqlite":
+            postgres = Postgres(tmp_path_factory.mktemp("prefect-database"))
+            stack.callback(postgres.end)
+            database = postgres.url("asyncpg", "prefect")
+        server = PrefectServer(tmp_path_factory.mktemp("prefect-server"), database)
+        stack.callback(server.process.end)
+        yield server
 
 
 @pytest.fixture(autouse=True)

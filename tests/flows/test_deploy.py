@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import socket
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from prefect.states import Pending
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.deploy import Schedule, build_deployment, deploy, set_paused
+from flows.deploy import Schedule, build_deployment, deploy, require_server, set_paused
 from flows.recipes import load_recipe
 from infra.environment import Home
 from schemas.base import UserError
@@ -67,6 +70,48 @@ def test_without_a_server_the_remedy_is_told(
         result = CliRunner().invoke(app, [command[0], str(files_recipe), *command[1:], *arguments])
         assert result.exit_code == 2
         assert "prefect server start" in result.stderr
+
+
+class LateServer(ThreadingHTTPServer):
+    """Takes every connection, and answers none of the first two requests."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Late)
+        self.asked = 0
+        self.released = Event()
+
+
+class Late(BaseHTTPRequestHandler):
+    server: LateServer
+
+    def do_GET(self) -> None:
+        self.server.asked += 1
+        if self.server.asked <= 2:
+            self.server.released.wait()
+            return
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Into no test's output."""
+
+
+def test_a_server_that_stands_still_is_asked_again(home: Home) -> None:
+    with LateServer() as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        require_server(f"http://127.0.0.1:{server.server_port}/api", home, seconds=0.5)
+        assert server.asked == 3
+        server.released.set()
+        server.shutdown()
+
+
+def test_a_server_that_never_answers_is_named(home: Home) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"http://{address}/api takes connections.* for 1 s"):
+            require_server(f"http://{address}/api", home, seconds=0.1)
 
 
 @pytest.mark.slow

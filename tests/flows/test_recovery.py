@@ -36,9 +36,9 @@ def test_a_crash_that_was_overlooked_is_made_good() -> None:
         flow_id = client.create_flow(nothing)
         deployment = client.create_deployment(flow_id, name.split("/")[1])
         set_recovery(deployment, name, recoveries=1, silence_seconds=600)
-        [at_once] = client.read_automations_by_name(f"{name}: back after a crash")
+        [back] = client.read_automations_by_name(f"{name}: back after a crash")
         # As if its action had been lost.
-        client.pause_automation(at_once.id)
+        client.pause_automation(back.id)
         first = crashed_run(client, deployment, starts=1)
         often = crashed_run(client, deployment, starts=2)
 
