@@ -57,10 +57,10 @@ class Point:
     memory_bytes: float
 
 
-def main() -> None:
-    """Run the command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, or what is given in its place."""
     parser = _parser()
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     builds = args.over in ("vocabulary", "model-size")
     if builds == (args.model is not None):
         parser.error(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks.growth import Point, _parser, command, points, relative, table
+from tests.benchmarks.growth import Point, _parser, command, main, points, relative, table
 
 
 def line(tokens: int, flops: float, cpu: float, memory: int) -> dict[str, Any]:
@@ -88,7 +88,6 @@ def test_the_command_ends_with_its_table() -> None:
     assert lines[2].startswith("| model-size |") and lines[4].startswith("| 64 | 32 |")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -97,7 +96,9 @@ def test_the_command_ends_with_its_table() -> None:
         (("--over", "group-size", "--model", "m", "--algorithm", "sft"), "algorithms that sample"),
     ],
 )
-def test_a_dimension_that_does_not_fit_is_refused(options: tuple[str, ...], problem: str) -> None:
-    arguments = [sys.executable, "-m", "tests.benchmarks.growth", *options]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and problem in done.stderr
+def test_a_dimension_that_does_not_fit_is_refused(
+    options: tuple[str, ...], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(options)
+    assert refused.value.code == 2 and problem in capsys.readouterr().err

@@ -36,20 +36,46 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(folder: Path, algorithm: str, *options: str) -> dict[str, Any]:
-    command = [
-        *(sys.executable, "-m", "tests.benchmarks.step", "--algorithm", algorithm),
-        *("--model", str(folder), "--prompts", "3", "--group-size", "4", "--threads", "1"),
+class Run:
+    """The benchmark in this process: one of its own costs seconds of imports for each test."""
+
+    def __init__(self, folder: Path, output: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self._output = output
+
+    def __call__(self, algorithm: str, *options: str) -> dict[str, Any]:
+        from tests.benchmarks import step  # it changes what transformers finds
+
+        self._output.readouterr()
+        step.main(arguments(self.folder, algorithm, *options))
+        document: dict[str, Any] = json.loads(self._output.readouterr().out)
+        return document
+
+
+def arguments(folder: Path, algorithm: str, *options: str) -> list[str]:
+    return [
+        *("--algorithm", algorithm, "--model", str(folder), "--prompts", "3", "--group-size", "4"),
         *("--prompt-tokens", "10", "--completion-tokens", "32", "--steps", "2", *options),
     ]
+
+
+@pytest.fixture
+def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(folder, capsys)
+
+
+def test_the_command_prints_one_object_and_nothing_else(folder: Path) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.step", "--threads", "1"]
+    command += arguments(folder, "sft", "--precision", "float32")
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    document: dict[str, Any] = json.loads(done.stdout)
-    return document
+    document = json.loads(done.stdout)
+    assert document["threads"] == 1 and document["precision"] == "float32"
+    assert document["training_tokens"] == 3 * 42
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_algorithm_takes_its_steps(folder: Path, algorithm: str) -> None:
-    document = run(folder, algorithm, "--precision", "bfloat16")
+def test_every_algorithm_takes_its_steps(run: Run, algorithm: str) -> None:
+    document = run(algorithm, "--precision", "bfloat16")
     # 3 records of 42 tokens; pairs have two sides, groups four completions.
     sequences = {"sft": 3, "prm": 3, "rm": 6, "dpo": 6}.get(algorithm, 12)
     assert document["training_tokens"] == sequences * 42
@@ -66,8 +92,8 @@ def test_every_algorithm_takes_its_steps(folder: Path, algorithm: str) -> None:
     assert trained == (2 * size - 32 * 64 + 33 if algorithm == "ppo" else size)
 
 
-def test_lengths_between_two_are_those_that_are_drawn(folder: Path) -> None:
-    document = run(folder, "dpo", "--min-completion-tokens", "4", "--reference", "cached")
+def test_lengths_between_two_are_those_that_are_drawn(run: Run) -> None:
+    document = run("dpo", "--min-completion-tokens", "4", "--reference", "cached")
     drawn = Shape(3, 4, 10, 32, 10, 4, 0).lengths("dpo")
     tokens = sequences(drawn)
     assert document["training_tokens"] == sum(tokens) and len(set(tokens)) > 1
@@ -78,14 +104,14 @@ def test_lengths_between_two_are_those_that_are_drawn(folder: Path) -> None:
     assert document["model_flops_a_step"] == 6 * document["num_parameters"] * sum(tokens)
 
 
-def test_layers_are_computed_again_where_that_is_asked_for(folder: Path) -> None:
-    document = run(folder, "rm", "--gradient-checkpointing", "--precision", "bfloat16")
+def test_layers_are_computed_again_where_that_is_asked_for(run: Run) -> None:
+    document = run("rm", "--gradient-checkpointing", "--precision", "bfloat16")
     assert document["shape"]["gradient_checkpointing"] is True
-    assert run(folder, "rm")["shape"]["gradient_checkpointing"] is False
+    assert run("rm")["shape"]["gradient_checkpointing"] is False
 
 
-def test_ppo_counts_every_pass_that_it_makes(folder: Path) -> None:
-    document = run(folder, "ppo", "--reward-model", "--num-epochs", "2", "--steps", "1")
+def test_ppo_counts_every_pass_that_it_makes(run: Run) -> None:
+    document = run("ppo", "--reward-model", "--num-epochs", "2", "--steps", "1")
     size, critic = document["num_parameters"], document["num_trained_parameters"]
     critic -= size
     tokens, generated = 12 * 42, 12 * 32

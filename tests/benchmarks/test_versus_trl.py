@@ -71,6 +71,9 @@ def test_ppo_does_what_the_other_does_and_offline_lengths_vary() -> None:
     names = ("--prompts", "--prompt-tokens", "--min-completion-tokens", "--completion-tokens")
     assert [sft[sft.index(name) + 1] for name in names] == ["16", "8", "16", "32"]
     assert [grpo[grpo.index(name) + 1] for name in names] == ["8", "64", "64", "64"]
+    assert grpo[grpo.index("--precision") + 1] == "bfloat16"
+    plain = work_of(_parser().parse_args(["--model", "m", "--precision", "float32"]), "grpo")
+    assert plain[plain.index("--precision") + 1] == "float32"
 
 
 def test_both_environments_have_requirements() -> None:

@@ -8,9 +8,10 @@ algorithm and each of TRL's settings, so that a neighbour on the machine disturb
 one JSON line a measurement, then one with the median ratios, and these as a table: tokens a
 CPU-second and a second (ours over TRL's), and peak memory above what training has to hold, 16
 bytes for each parameter that an optimizer moves. --offline-lengths and --online-lengths say how
-long sequences are; the two sides draw the same lengths. TRL has bf16 autocast in all its settings,
-and so have we. Its defaults compute layers again in the backward pass, which saves memory and costs
-time: --also-checkpointed measures us once more, doing that too.
+long sequences are; the two sides draw the same lengths. Both have bf16 autocast, TRL's default, or
+with --precision float32 neither has: for a processor that does not multiply in bfloat16. TRL's
+defaults compute layers again in the backward pass, which saves memory and costs time:
+--also-checkpointed measures us once more, doing that too.
 
 TRL 1.16 has neither PPO nor PRM: --trl-python-ppo names the Python of an environment with TRL 1.12.
 PPO does TRL's amount of work on both sides: a policy, a critic of its own, a reference and a reward
@@ -82,7 +83,7 @@ def work_of(args: argparse.Namespace, algorithm: str) -> list[str]:
         "threads": args.threads,
         "steps": args.steps,
         "warmup": args.warmup,
-        "precision": "bfloat16",
+        "precision": args.precision,
         "reference": args.reference,
         "seed": args.seed,
     }
@@ -182,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         default=(64, 64, 64),
         help="PROMPT+COMPLETION; default 64+64",
     )
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--reference", choices=("pass", "cached"), default="pass", help="see step")
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
