@@ -72,7 +72,6 @@ from tests.benchmarks import workload
 from tests.benchmarks.clock import Clock, TimedOptimizer
 from tests.benchmarks.workload import ALGORITHMS, ONLINE, Lengths, Shape, step_lengths
 
-
 _PEAK_SECONDS = 4.0
 
 
