@@ -9,6 +9,13 @@ from torch import Tensor
 from stages.core.products import has_onednn, linear
 
 
+@pytest.fixture(params=["AVX512", "AVX2"])
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the processor is taken for, which decides between the libraries; both run anywhere."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    return str(request.param)
+
+
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -19,6 +26,7 @@ def test_two_by_two_by_hand() -> None:
     assert linear(states, weight, torch.tensor([0.5, -0.5])).tolist() == [[11.5, 16.5]]
 
 
+@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("size", [3, 256])  # below and above what oneDNN is asked for
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_products_of_transposed_views_are_those_of_float64(size: int, dtype: torch.dtype) -> None:
@@ -32,6 +40,7 @@ def test_products_of_transposed_views_are_those_of_float64(size: int, dtype: tor
         assert (found - expected).norm() / expected.norm() < tolerance
 
 
+@pytest.mark.usefixtures("capability")
 def test_leading_dimensions_stay_and_the_bias_is_added() -> None:
     states, weight, bias = drawn(2, 3, 200, 300), drawn(280, 300, seed=1), drawn(280, seed=2)
     found = linear(states, weight, bias)
@@ -45,6 +54,14 @@ def test_leading_dimensions_stay_and_the_bias_is_added() -> None:
 
 def test_without_rows_there_is_nothing_to_multiply() -> None:
     assert linear(drawn(0, 8), drawn(5, 8)).shape == (0, 5)
+
+
+def test_large_products_are_onednns_where_it_is_the_faster_one(capability: str) -> None:
+    states, weight = drawn(300, 2048), drawn(300, 2048, seed=1)
+    by_onednn = torch.ops.mkldnn._linear_pointwise(states, weight, None, "none", [], "")
+    by_mkl = torch.nn.functional.linear(states, weight)
+    assert not torch.equal(by_onednn, by_mkl)  # else this could not tell them apart
+    assert torch.equal(linear(states, weight), by_onednn if capability == "AVX512" else by_mkl)
 
 
 def test_without_onednn_it_is_torchs_product(monkeypatch: pytest.MonkeyPatch) -> None:
