@@ -29,7 +29,6 @@ import argparse
 import json
 import platform
 import resource
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -365,30 +364,28 @@ def measured_peak(device: torch.device, precision: str) -> float:
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     left = torch.randn(2048, 2048, device=device).to(dtype)
     right = torch.randn(2048, 2048, device=device).to(dtype)
-    best = spent = 0.0
-    # Eight products, but no more of them once they take longer than that: a processor without
-    # bfloat16 needs two seconds for one.
-    for _ in range(8):
-        if spent > _PEAK_SECONDS:
-            break
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        wall, cpu = time.perf_counter(), time.process_time()
-        linear(left, right)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - wall
-        else:
-            seconds = time.process_time() - cpu
-        best, spent = max(best, 2 * 2048**3 / seconds), spent + seconds
-    return best
+    clock = Clock()
+    seconds: list[float] = []
+    # Eight products, but no more of them once they have taken so long: a processor without bfloat16
+    # needs two seconds for one.
+    while len(seconds) < 8 and sum(seconds) <= _PEAK_SECONDS:
+        clock.reset()
+        with clock.part("product"):
+            linear(left, right)
+        seconds.append(_seconds(clock, device)["product"])
+    return 2 * 2048**3 / min(seconds)
+
+
+def _seconds(clock: Clock, device: torch.device) -> dict[str, float]:
+    """By part: of a processor's time on the CPU, on the wall where a device computes."""
+    return clock.wall if device.type == "cuda" else clock.cpu
 
 
 def report(
     args: argparse.Namespace, device: torch.device, work: Work, clock: Clock
 ) -> dict[str, Any]:
     """The JSON object."""
-    seconds = clock.wall if device.type == "cuda" else clock.cpu
+    seconds = _seconds(clock, device)
     total = sum(seconds.values())
     wall = sum(clock.wall.values())
     training = total - seconds.get("generate", 0.0) - seconds.get("weight sync", 0.0)

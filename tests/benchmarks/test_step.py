@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.benchmarks.workload import ALGORITHMS, Shape, sequences
 
 pytestmark = pytest.mark.slow
+
+Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +39,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Run:
-    """The benchmark in this process: one of its own costs seconds of imports for each test."""
-
-    def __init__(self, folder: Path, output: pytest.CaptureFixture[str]) -> None:
-        self.folder = folder
-        self._output = output
-
-    def __call__(self, algorithm: str, *options: str) -> dict[str, Any]:
-        from tests.benchmarks import step  # it changes what transformers finds
-
-        self._output.readouterr()
-        step.main(arguments(self.folder, algorithm, *options))
-        document: dict[str, Any] = json.loads(self._output.readouterr().out)
-        return document
-
-
 def arguments(folder: Path, algorithm: str, *options: str) -> list[str]:
     return [
         *("--algorithm", algorithm, "--model", str(folder), "--prompts", "3", "--group-size", "4"),
@@ -61,7 +48,15 @@ def arguments(folder: Path, algorithm: str, *options: str) -> list[str]:
 
 @pytest.fixture
 def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    return Run(folder, capsys)
+    """The benchmark in this process: one of its own costs seconds of imports for each test."""
+    from tests.benchmarks import step  # it changes what transformers finds
+
+    def run(algorithm: str, *options: str) -> dict[str, Any]:
+        step.main(arguments(folder, algorithm, *options))
+        document: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return document
+
+    return run
 
 
 def test_the_command_prints_one_object_and_nothing_else(folder: Path) -> None:
