@@ -86,11 +86,13 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight, scale = ctx.saved_tensors
-        normed = kept / weight if ctx.from_result else kept * scale
+        # In float32 first: an operation on two formats takes longer than the copy.
+        normed = kept.float() / weight if ctx.from_result else kept.float() * scale
+        grad = grad.float()
         product = normed * grad
         d_weight = _rows(product).sum(0) if ctx.needs_input_grad[1] else None
-        along = (product @ weight).div_(len(weight)).unsqueeze(-1)
-        d_states = (grad * weight).sub_(normed.mul_(along)).mul_(scale)
+        along = (product @ weight).div_(-len(weight)).unsqueeze(-1)
+        d_states = (grad * weight).addcmul_(normed, along).mul_(scale)
         return d_states.to(ctx.dtype), d_weight, None, None, None
 
 
@@ -159,14 +161,13 @@ class GatedMLP(torch.autograd.Function):
 
 def rotated(states: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     """What `Rotation` gives, in a format."""
-    rows = states.transpose(1, 2)
+    rows = states.transpose(1, 2).float()
     half = rows.shape[-1] // 2
-    cos, sin = cos[..., None, :half], sin[..., None, :half]
-    left, right = rows[..., :half], rows[..., half:]
-    found = torch.empty(rows.shape, dtype=dtype, device=states.device)
-    found[..., :half] = (left * cos).sub_(right * sin)
-    found[..., half:] = (right * cos).add_(left * sin)
-    return found.transpose(1, 2)
+    sin = sin[..., None, :half]
+    found = rows * cos.unsqueeze(2)
+    found[..., :half].addcmul_(rows[..., half:], sin, value=-1)
+    found[..., half:].addcmul_(rows[..., :half], sin)
+    return found.to(dtype).transpose(1, 2)
 
 
 def _inverse_norm(states: Tensor, epsilon: float) -> Tensor:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class Layout:
     num_filling: int = 0
     num_calls: int = 0
     """How often an attention layer has asked; 0 after a forward pass means that none did."""
+    plans: dict[tuple[int, int], Any] = field(default_factory=dict)
+    """What attention has worked out for its layers, by numbers of heads and key heads."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,10 @@ vocabulary. `logits[:, t]` must already be the distribution of `targets[:, t]`: 
 is the caller's. Targets at masked positions must still be ids in [0, _V). Natural logarithm, nats.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,6 +91,29 @@ def weighted_logprob_sum(
     return total, logprobs, entropy
 
 
+@dataclass(frozen=True)
+class _Softmax:
+    """Of some rows of logits: exponentials [rows, _V] over their total [rows], which is at least 1.
+
+    shifted, [rows, _V], are the logits less the greatest of their row.
+    """
+
+    rows: slice
+    shifted: Tensor
+    exponentials: Tensor
+    total: Tensor
+
+    def logprobs_and_entropy(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each target, and the entropy, [rows] each. May overwrite shifted."""
+        log_total = self.total.log()
+        logprobs = _gather(self.shifted, targets) - log_total
+        products = torch.linalg.vecdot(self.exponentials, self.shifted)
+        if products.isnan().any():  # a banned token adds 0, not 0 * -inf
+            self.shifted.clamp_(min=torch.finfo(self.shifted.dtype).min)
+            products = torch.linalg.vecdot(self.exponentials, self.shifted)
+        return logprobs, log_total - products / self.total
+
+
 class _Head:
     """The output head, a chunk of tokens at a time."""
 
@@ -106,18 +132,20 @@ class _Head:
         """Which tokens go through the product together."""
         return _slices(num_tokens, self.chunk_size)
 
-    def probabilities(self, logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Copies of tempered logits [chunk, _V], and their softmax, some rows at a time.
+    def softmaxes(self, logits: Tensor) -> Iterator[_Softmax]:
+        """Of tempered logits [chunk, _V], some rows at a time.
 
         On a processor as many as its cache holds, so that what is done to them next finds them
         there.
         """
         size = max(_CACHED_ELEMENTS // logits.shape[1], 1)
         for rows in _slices(len(logits), size if logits.device.type == "cpu" else len(logits)):
-            tempered = logits[rows].to(upcast(logits.new_empty(0)).dtype, copy=True)
+            shifted = logits[rows].to(upcast(logits.new_empty(0)).dtype, copy=True)
             if self.temperature != 1:
-                tempered.div_(self.temperature)
-            yield rows, tempered, tempered.softmax(dim=-1)
+                shifted.div_(self.temperature)
+            shifted.sub_(shifted.amax(dim=-1, keepdim=True))
+            exponentials = shifted.exp()
+            yield _Softmax(rows, shifted, exponentials, exponentials.sum(dim=-1))
 
     def num_kept(self, num_tokens: int, vocab_size: int) -> int:
         """Of how many chunks, the last ones, logits wait for the backward pass."""
@@ -148,14 +176,14 @@ class _Gradients:
             self.bias = torch.zeros_like(bias, dtype=self._wide)
 
     def to_logits(
-        self, probs: Tensor, targets: Tensor, upstream: Tensor, temperature: float
+        self, softmax: _Softmax, targets: Tensor, upstream: Tensor, temperature: float
     ) -> Tensor:
-        """d logprob / d logit = (onehot - softmax) / temperature, times upstream.
+        """d logprob / d logit = (onehot - softmax) / temperature, times upstream, [rows, _V].
 
-        Overwrites probs [rows, _V].
+        Overwrites the exponentials.
         """
         scaled = upstream / temperature
-        d_logits = probs.mul_(-scaled[:, None])
+        d_logits = softmax.exponentials.mul_(-(scaled / softmax.total)[:, None])
         d_logits.scatter_add_(1, targets[:, None], scaled[:, None])
         if self.bias is not None:
             self.bias += d_logits.sum(0)
@@ -193,8 +221,8 @@ class _TokenLogprobs(torch.autograd.Function):
             logits = _product(hidden[chunk], product_weight, bias)
             if number >= first_kept:
                 ctx.kept[number] = logits
-            for rows, tempered, probs in head.probabilities(logits):
-                found.append(_logprobs_and_entropy(tempered, probs, targets[chunk][rows]))
+            for softmax in head.softmaxes(logits):
+                found.append(softmax.logprobs_and_entropy(targets[chunk][softmax.rows]))
         logprobs, entropy = _joined(found, hidden)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -210,9 +238,10 @@ class _TokenLogprobs(torch.autograd.Function):
             logits = ctx.kept.pop(number, None)
             if logits is None:
                 logits = _product(hidden[chunk], product_weight, bias)
-            for rows, _tempered, probs in head.probabilities(logits):
+            for softmax in head.softmaxes(logits):
+                rows = softmax.rows
                 logits[rows] = gradients.to_logits(
-                    probs, targets[chunk][rows], upstream[chunk][rows], head.temperature
+                    softmax, targets[chunk][rows], upstream[chunk][rows], head.temperature
                 )
             gradients.add(chunk, logits, hidden[chunk], product_weight)
         d_weight = gradients.weight if total is None else None
@@ -235,11 +264,12 @@ class _WeightedSum(torch.autograd.Function):
         found: list[tuple[Tensor, Tensor]] = []
         for chunk in head.chunks(len(hidden)):
             logits = _product(hidden[chunk], product_weight, bias)
-            for rows, tempered, probs in head.probabilities(logits):
+            for softmax in head.softmaxes(logits):
+                rows = softmax.rows
                 own = targets[chunk][rows]
-                found.append(_logprobs_and_entropy(tempered, probs, own))
+                found.append(softmax.logprobs_and_entropy(own))
                 logits[rows] = gradients.to_logits(
-                    probs, own, token_weights[chunk][rows], head.temperature
+                    softmax, own, token_weights[chunk][rows], head.temperature
                 )
             gradients.add(chunk, logits, hidden[chunk], product_weight)
         ctx.gradients = gradients
@@ -279,22 +309,6 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor]], hidden: Tensor) -> tuple[Ten
         return nothing, nothing.clone()
     logprobs, entropy = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropy)
-
-
-def _logprobs_and_entropy(
-    tempered: Tensor, probs: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and the entropy, [rows] each; overwrites tempered logits.
-
-    By way of the likeliest token, whose probability never underflows: log p = l - l_max + log
-    p_max. A softmax is far cheaper than an exp of log-softmax.
-    """
-    tempered.sub_(tempered.amax(dim=-1, keepdim=True))
-    log_likeliest = probs.amax(dim=-1).log()
-    logprobs = _gather(tempered, targets) + log_likeliest
-    # A banned token adds 0, not 0 * -inf.
-    tempered.clamp_(min=torch.finfo(tempered.dtype).min)
-    return logprobs, -(torch.linalg.vecdot(probs, tempered) + log_likeliest)
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

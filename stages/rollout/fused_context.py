@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.attention import exact_attention
+from stages.exact_attention import exact_attention
 from stages.packing import pack
 from stages.rollout.fused_decoder import FusedDecoder
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from schemas.base import UserError
-from stages import attention, packing
+from stages import attention, attention_plan, packing
 from stages.forward import Sequences, hidden_states
 from stages.packing import micro_batches, pack
 
@@ -142,8 +142,8 @@ def test_a_packed_row_equals_single_sequences_in_values_and_gradients(
     seed: int, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Small tiles and chunks, so that every loop goes round more than once.
-    monkeypatch.setattr(attention, "_CHUNK", 16)
-    monkeypatch.setattr(attention, "_TILE", 5000)
+    monkeypatch.setattr(attention_plan, "_CHUNK", 16)
+    monkeypatch.setattr(attention_plan, "_TILE", 5000)
     monkeypatch.setattr(packing, "_LONG_ROW", 1)  # filled up, all of them
     if fused:
         monkeypatch.setattr(attention, "exact_attention", attention.fused_attention)
