@@ -22,7 +22,7 @@ from stages.core.products import linear
 # Rows of logits that stay in cache between the passes over them: 1 MiB in float32.
 _CACHED_ELEMENTS = 2**18
 # Rows of the weight's gradient that are made and added up at once, for the same reason.
-_CACHED_COLUMNS = 8192
+_CACHED_COLUMNS = 2048
 # Logits that wait for the backward pass, 128 MiB in bfloat16; those of more tokens are made again.
 KEPT_ELEMENTS = 2**26
 
