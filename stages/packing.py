@@ -48,13 +48,10 @@ class Layout:
 
     restore, long [_T]: where each token stands in the blocks' rows, laid end to end; 0 for the
     row's last num_filling tokens, which stand nowhere: nobody sees them, nor should read them.
-    prefix_restore, long [_T]: the same for the blocks' prefixes, and one past their end for a
-    token that is in none; None where no block has a prefix.
     """
 
     blocks: tuple[Block, ...]
     restore: Tensor
-    prefix_restore: Tensor | None
     longest: int
     """Most tokens that any token can see, itself included."""
     num_filling: int = 0
@@ -207,11 +204,9 @@ def _layout(
 ) -> Layout:
     blocks: list[Block] = []
     spans: list[list[range]] = []
-    prefixes: list[list[range]] = []
     for bucket in _buckets(trunks, len):
         blocks.append(Block(*_rows(bucket, device)))
         spans.append(bucket)
-        prefixes.append([])
     of_size: dict[int, list[tuple[range, list[range]]]] = defaultdict(list)
     for branch in branches:
         of_size[len(branch[1])].append(branch)
@@ -221,13 +216,11 @@ def _layout(
             prefix = [trunk for trunk, _ in some]
             blocks.append(Block(*_rows(own, device), *_rows(prefix, device)))
             spans.append(own)
-            prefixes.append(prefix)
     longest = [len(trunk) for trunk in trunks]
     longest += [len(trunk) + len(span) for trunk, own in branches for span in own]
     return Layout(
         tuple(blocks),
         functional.pad(_restore(spans, num_tokens, device), (0, num_filling)),
-        _restore(prefixes, num_tokens + num_filling, device) if branches else None,
         max(longest),
         num_filling,
     )
@@ -254,12 +247,11 @@ def _rows(spans: Sequence[range], device: torch.device) -> tuple[Tensor, Tensor 
 
 
 def _restore(spans: Sequence[Sequence[range]], num_tokens: int, device: torch.device) -> Tensor:
-    """Where each token stands in the padded rows of all blocks; one past the end if in none."""
-    size = sum(len(rows) * max(map(len, rows)) for rows in spans if rows)
-    found = torch.full((num_tokens,), size, dtype=torch.long)
+    """Where each token stands in the padded rows of all blocks."""
+    found = torch.empty(num_tokens, dtype=torch.long)
     offset = 0
     for rows in spans:
-        width = max(map(len, rows), default=0)
+        width = max(map(len, rows))
         for span in rows:
             found[span.start : span.stop] = torch.arange(offset, offset + len(span))
             offset += width
