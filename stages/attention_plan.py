@@ -48,14 +48,14 @@ class Tile:
 class Part:
     """What a block attends to: `_N` rows of `_W` keys, the prefix first, for each of `_K` heads.
 
-    keys, long [_N * _K * _W]: which key head of which token, both counted through. branches: how
-    many rows share a prefix of num_prefix tokens, 0 where there is none. hidden, bool
-    [_N * _K, 1, num_prefix]: where a short prefix is filled up.
+    keys, long [_N * _K * _W]: which key head of which token, both counted through. prefixes, long
+    [_N]: which of the block's prefixes, of num_prefix tokens, a row has; None where there is none.
+    hidden, bool [_N * _K, 1, num_prefix]: where a short prefix is filled up.
     """
 
     keys: Tensor
     shape: tuple[int, int, int]
-    branches: int
+    prefixes: Tensor | None
     num_prefix: int
     hidden: Tensor | None
     tiles: tuple[Tile, ...]
@@ -66,12 +66,13 @@ class Part:
         found = states.reshape(-1, states.shape[-1]).index_select(0, self.keys)
         return found.view(num_rows * key_heads, width, -1)
 
-    def of_prefix(self, sums: Tensor) -> Tensor:
-        """Over the branches of each prefix: [_N / branches * _K * num_prefix, dim]."""
-        num_rows, key_heads, width = self.shape
+    def of_prefixes(self, sums: Tensor) -> Tensor:
+        """Over the rows of each prefix: [prefixes * _K * num_prefix, dim]."""
+        assert self.prefixes is not None
         dim = sums.shape[-1]
-        of_branch = sums.view(num_rows // self.branches, self.branches, key_heads, width, dim)
-        return of_branch[..., : self.num_prefix, :].sum(1).view(-1, dim)
+        of_rows = sums.view(*self.shape, dim)[:, :, : self.num_prefix]
+        total = sums.new_zeros(int(self.prefixes.max()) + 1, *of_rows.shape[1:])
+        return total.index_add_(0, self.prefixes, of_rows).view(-1, dim)
 
 
 @dataclass(frozen=True)
@@ -105,18 +106,20 @@ def plan_of(layout: Layout, heads: int, key_heads: int) -> Plan:
 
 
 def _plan(layout: Layout, heads: int, key_heads: int) -> Plan:
+    rows = [_Rows.of(block) for block in layout.blocks]
     parts: list[Part] = []
     queries: list[Tensor] = []
     padding: list[Tensor] = []
     num_queries = 0
-    for block in layout.blocks:
-        tokens, filled = _of_heads(block.tokens, heads), _padding(block).unsqueeze(1)
-        tiles = tuple(_tiles(block, heads, key_heads, num_queries))
-        for rows, columns in _pieces(block, heads):
-            queries.append(tokens[rows, :, columns].flatten())
-            padding.append(filled[rows, :, columns].expand(-1, heads, -1).flatten())
+    for block, some in zip(layout.blocks, rows, strict=True):
+        tokens, filled = _of_heads(some.tokens, heads), some.padding.unsqueeze(1)
+        pieces = list(some.pieces(heads))
+        for chosen, columns in pieces:
+            queries.append(tokens[chosen, :, columns].flatten())
+            padding.append(filled[chosen, :, columns].expand(-1, heads, -1).flatten())
+        tiles = tuple(_tiles(pieces, some.num_prefix, heads, key_heads, num_queries))
         num_queries = tiles[-1].queries.stop
-        parts.append(_part(block, key_heads, tiles))
+        parts.append(_part(block, some, key_heads, tiles))
     order, is_filled = torch.cat(queries), torch.cat(padding)
     filled = is_filled.nonzero().flatten()
     num_tokens = len(layout.restore)
@@ -124,7 +127,7 @@ def _plan(layout: Layout, heads: int, key_heads: int) -> Plan:
         order,
         filled if len(filled) else None,
         _places(order, ~is_filled, num_tokens * heads, 0),
-        _places_of_keys(layout.blocks, parts, num_tokens * key_heads),
+        _places_of_keys(rows, parts, num_tokens * key_heads),
         _places_of_prefixes(layout.blocks, num_tokens, key_heads),
         tuple(parts),
         max(tile.chunk for part in parts for tile in part.tiles),
@@ -132,20 +135,49 @@ def _plan(layout: Layout, heads: int, key_heads: int) -> Plan:
     )
 
 
-def _pieces(block: Block, heads: int) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of at most `_TILE` scores, unless one chunk of one row has more."""
-    num_rows, length = block.tokens.shape
-    num_prefix = 0 if block.prefix is None else block.prefix.shape[1]
-    for start in range(0, length, _CHUNK):
-        stop = min(start + _CHUNK, length)
-        step = max(_TILE // (heads * (stop - start) * (num_prefix + stop)), 1)
-        for first in range(0, num_rows, step):
-            yield slice(first, min(first + step, num_rows)), slice(start, stop)
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a block, the longest first: tokens long [_N, _L], padding bool [_N, _L], and how many
+    tokens of each are real. order, long [_N], says which rows of the block they are."""
+
+    tokens: Tensor
+    padding: Tensor
+    order: Tensor
+    lengths: list[int]
+    num_prefix: int
+
+    @classmethod
+    def of(cls, block: Block) -> _Rows:
+        padding = block.padding
+        if padding is None:
+            padding = torch.zeros_like(block.tokens, dtype=torch.bool)
+        lengths, order = (~padding).sum(1).sort(descending=True, stable=True)
+        num_prefix = 0 if block.prefix is None else block.prefix.shape[1]
+        return cls(block.tokens[order], padding[order], order, lengths.tolist(), num_prefix)
+
+    def pieces(self, heads: int) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns of at most `_TILE` scores, unless one chunk of one row has more.
+
+        A row that has no token in a chunk is not among them.
+        """
+        num_rows = len(self.lengths)
+        for start in range(0, self.lengths[0], _CHUNK):
+            stop = min(start + _CHUNK, self.lengths[0])
+            while self.lengths[num_rows - 1] <= start:
+                num_rows -= 1
+            step = max(_TILE // (heads * (stop - start) * (self.num_prefix + stop)), 1)
+            for first in range(0, num_rows, step):
+                yield slice(first, min(first + step, num_rows)), slice(start, stop)
 
 
-def _tiles(block: Block, heads: int, key_heads: int, first_query: int) -> Iterator[Tile]:
-    num_prefix = 0 if block.prefix is None else block.prefix.shape[1]
-    for rows, columns in _pieces(block, heads):
+def _tiles(
+    pieces: Sequence[tuple[slice, slice]],
+    num_prefix: int,
+    heads: int,
+    key_heads: int,
+    first_query: int,
+) -> Iterator[Tile]:
+    for rows, columns in pieces:
         chunk = columns.stop - columns.start
         last = first_query + (rows.stop - rows.start) * heads * chunk
         yield Tile(
@@ -157,17 +189,18 @@ def _tiles(block: Block, heads: int, key_heads: int, first_query: int) -> Iterat
         first_query = last
 
 
-def _part(block: Block, key_heads: int, tiles: tuple[Tile, ...]) -> Part:
-    tokens, branches, num_prefix, hidden = block.tokens, 0, 0, None
+def _part(block: Block, rows: _Rows, key_heads: int, tiles: tuple[Tile, ...]) -> Part:
+    tokens, prefixes, hidden = rows.tokens, None, None
     if block.prefix is not None:
-        branches = len(tokens) // len(block.prefix)
-        num_prefix = block.prefix.shape[1]
-        tokens = torch.cat([block.prefix.repeat_interleave(branches, dim=0), tokens], dim=1)
-    if block.prefix_padding is not None:
-        hidden = block.prefix_padding.repeat_interleave(branches * key_heads, dim=0).unsqueeze(1)
+        prefixes = rows.order // (len(rows.order) // len(block.prefix))
+        tokens = torch.cat([block.prefix[prefixes], tokens], dim=1)
+        if block.prefix_padding is not None:
+            padding = block.prefix_padding[prefixes]
+            hidden = padding.repeat_interleave(key_heads, dim=0).unsqueeze(1)
     keys = _of_heads(tokens, key_heads)
     num_rows, _, width = keys.shape
-    return Part(keys.flatten(), (num_rows, key_heads, width), branches, num_prefix, hidden, tiles)
+    shape = (num_rows, key_heads, width)
+    return Part(keys.flatten(), shape, prefixes, rows.num_prefix, hidden, tiles)
 
 
 def _of_heads(tokens: Tensor, heads: int) -> Tensor:
@@ -175,17 +208,11 @@ def _of_heads(tokens: Tensor, heads: int) -> Tensor:
     return tokens.unsqueeze(1) * heads + torch.arange(heads, device=tokens.device).unsqueeze(1)
 
 
-def _padding(block: Block) -> Tensor:
-    if block.padding is None:
-        return torch.zeros_like(block.tokens, dtype=torch.bool)
-    return block.padding
-
-
-def _places_of_keys(blocks: Sequence[Block], parts: Sequence[Part], size: int) -> Tensor:
+def _places_of_keys(rows: Sequence[_Rows], parts: Sequence[Part], size: int) -> Tensor:
     """Of each token's key heads among all parts' keys, where it is not in a prefix."""
     counted: list[Tensor] = []
-    for block, part in zip(blocks, parts, strict=True):
-        own = functional.pad(~_padding(block), (part.num_prefix, 0))
+    for some, part in zip(rows, parts, strict=True):
+        own = functional.pad(~some.padding, (part.num_prefix, 0))
         counted.append(own.unsqueeze(1).expand(-1, part.shape[1], -1).flatten())
     return _places(torch.cat([part.keys for part in parts]), torch.cat(counted), size, 0)
 

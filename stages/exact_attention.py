@@ -116,7 +116,7 @@ def _of_tokens(sums: Sequence[Tensor], plan: Plan, states: Tensor) -> Tensor:
     total = own.index_select(0, plan.restore_keys)
     if plan.restore_prefixes is not None:
         pairs = zip(plan.parts, sums, strict=True)
-        shared = [part.of_prefix(some).to(dtype) for part, some in pairs if part.branches]
+        shared = [part.of_prefixes(one).to(dtype) for part, one in pairs if part.num_prefix]
         zero = states.new_zeros(1, dim)
         total += torch.cat([*shared, zero]).index_select(0, plan.restore_prefixes)
     return total.view(states.shape)

@@ -14,24 +14,29 @@ CPU = torch.device("cpu")
 
 def test_heads_of_tokens_stand_in_the_order_of_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_plan, "_CHUNK", 2)
-    # Tokens 0 to 2 are the prompt, 3 and 4 its first completion, 5 its second.
-    batch = pack([[7, 8, 9]] * 2, [[1, 2], [3]], device=CPU)
+    # Tokens 0 to 2 are the prompt, 3 is its first completion, 4 to 6 are its second.
+    batch = pack([[7, 8, 9]] * 2, [[3], [1, 2, 3]], device=CPU)
     plan = plan_of(batch.layout, heads=2, key_heads=1)
     trunk, branches = plan.parts
-    # Head 0 of token 1 is number 2. The second completion is filled up with its own token.
-    assert plan.queries.tolist() == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 10, 11, 11]
+    # Head 0 of token 1 is number 2. The longer completion comes first, the shorter one is filled
+    # up with its own token, and has none among the second queries.
+    trunk_queries, pair, single = [0, 2, 1, 3, 4, 5], [8, 10, 9, 11, 6, 6, 7, 7], [12, 13]
+    assert plan.queries.tolist() == trunk_queries + pair + single
     assert plan.filled is not None and plan.filled.tolist() == [11, 13]
-    assert plan.restore.tolist() == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 12]
-    assert [(tile.rows, tile.num_seen, tile.chunk) for tile in trunk.tiles] == [
-        (slice(0, 1), 2, 2),
-        (slice(0, 1), 3, 1),
+    assert plan.restore.tolist() == [0, 2, 1, 3, 4, 5, 10, 12, 6, 8, 7, 9, 14, 15]
+    assert [(tile.rows, tile.queries, tile.num_seen, tile.chunk) for tile in trunk.tiles] == [
+        (slice(0, 1), slice(0, 4), 2, 2),
+        (slice(0, 1), slice(4, 6), 3, 1),
     ]
-    assert [(tile.queries, tile.num_seen) for tile in branches.tiles] == [(slice(6, 14), 5)]
+    assert [(tile.rows, tile.queries, tile.num_seen, tile.chunk) for tile in branches.tiles] == [
+        (slice(0, 2), slice(6, 14), 5, 2),
+        (slice(0, 1), slice(14, 16), 6, 1),
+    ]
     assert trunk.keys.tolist() == [0, 1, 2]
-    assert branches.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 5]
-    assert plan.restore_keys.tolist() == [0, 1, 2, 6, 7, 11]
+    assert branches.keys.tolist() == [0, 1, 2, 4, 5, 6, 0, 1, 2, 3, 3, 3]
+    assert plan.restore_keys.tolist() == [0, 1, 2, 12, 6, 7, 8]
     assert plan.restore_prefixes is not None
-    assert plan.restore_prefixes.tolist() == [0, 1, 2, 3, 3, 3]
+    assert plan.restore_prefixes.tolist() == [0, 1, 2, 3, 3, 3, 3]
     assert plan_of(batch.layout, heads=2, key_heads=1) is plan
 
 
@@ -40,7 +45,7 @@ def test_branches_of_a_prefix_are_added_up() -> None:
     _, branches = plan_of(batch.layout, heads=2, key_heads=2).parts
     # Two branches of two key heads of three keys, in one number each.
     sums = torch.arange(12.0).view(4, 3, 1)
-    assert branches.of_prefix(sums).flatten().tolist() == [0 + 6, 1 + 7, 3 + 9, 4 + 10]
+    assert branches.of_prefixes(sums).flatten().tolist() == [0 + 6, 1 + 7, 3 + 9, 4 + 10]
 
 
 def test_a_short_prefix_is_hidden_where_it_is_filled_up() -> None:
