@@ -63,8 +63,7 @@ class Part:
     def gathered(self, states: Tensor) -> Tensor:
         """[_N * _K, _W, dim] out of keys or values [_T, _K, dim]."""
         num_rows, key_heads, width = self.shape
-        found = states.reshape(-1, states.shape[-1]).index_select(0, self.keys)
-        return found.view(num_rows * key_heads, width, -1)
+        return picked(states, self.keys).view(num_rows * key_heads, width, -1)
 
     def of_prefixes(self, sums: Tensor) -> Tensor:
         """Over the rows of each prefix: [prefixes * _K * num_prefix, dim]."""
@@ -95,6 +94,11 @@ class Plan:
     chunk: int
     """Most of a tile."""
     num_filling: int
+
+
+def picked(states: Tensor, index: Tensor) -> Tensor:
+    """Rows [len(index), dim] out of [_T, heads, dim], whose heads are counted through."""
+    return states.reshape(-1, states.shape[-1]).index_select(0, index)
 
 
 def plan_of(layout: Layout, heads: int, key_heads: int) -> Plan:
@@ -148,9 +152,7 @@ class _Rows:
 
     @classmethod
     def of(cls, block: Block) -> _Rows:
-        padding = block.padding
-        if padding is None:
-            padding = torch.zeros_like(block.tokens, dtype=torch.bool)
+        padding = _padding(block.tokens, block.padding)
         lengths, order = (~padding).sum(1).sort(descending=True, stable=True)
         num_prefix = 0 if block.prefix is None else block.prefix.shape[1]
         return cls(block.tokens[order], padding[order], order, lengths.tolist(), num_prefix)
@@ -208,6 +210,10 @@ def _of_heads(tokens: Tensor, heads: int) -> Tensor:
     return tokens.unsqueeze(1) * heads + torch.arange(heads, device=tokens.device).unsqueeze(1)
 
 
+def _padding(tokens: Tensor, padding: Tensor | None) -> Tensor:
+    return torch.zeros_like(tokens, dtype=torch.bool) if padding is None else padding
+
+
 def _places_of_keys(rows: Sequence[_Rows], parts: Sequence[Part], size: int) -> Tensor:
     """Of each token's key heads among all parts' keys, where it is not in a prefix."""
     counted: list[Tensor] = []
@@ -224,8 +230,7 @@ def _places_of_prefixes(blocks: Sequence[Block], num_tokens: int, key_heads: int
     for block in blocks:
         if block.prefix is not None:
             index.append(_of_heads(block.prefix, key_heads).flatten())
-            padding = block.prefix_padding
-            real = torch.ones_like(block.prefix, dtype=torch.bool) if padding is None else ~padding
+            real = ~_padding(block.prefix, block.prefix_padding)
             counted.append(real.unsqueeze(1).expand(-1, key_heads, -1).flatten())
     if not index:
         return None

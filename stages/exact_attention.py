@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from stages.attention_plan import Part, Plan, Tile, plan_of
+from stages.attention_plan import Part, Plan, Tile, picked, plan_of
 from stages.packing import Layout
 
 
@@ -32,7 +32,7 @@ class _PackedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.plan, ctx.scale = plan, scale
         with torch.autocast(q.device.type, enabled=False):
-            queries = _picked(q, plan.queries)
+            queries = picked(q, plan.queries)
             outputs = torch.empty_like(queries)
             later = _later(queries, plan)
             for part in plan.parts:
@@ -47,19 +47,16 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         plan: Plan = ctx.plan
-        queries, upstream = _picked(q, plan.queries), _picked(grad, plan.queries)
+        queries, upstream = picked(q, plan.queries), picked(grad, plan.queries)
         if plan.filled is not None:
             upstream.index_fill_(0, plan.filled, 0.0)
         d_queries = torch.empty_like(queries)
         later = _later(queries, plan)
+        wide = torch.promote_types(k.dtype, torch.float32)
         sums: list[tuple[Tensor, Tensor]] = []
         for part in plan.parts:
             keys, values = part.gathered(k), part.gathered(v)
-            wide = torch.promote_types(k.dtype, torch.float32)
-            d_keys, d_values = (
-                torch.zeros_like(keys, dtype=wide),
-                torch.zeros_like(keys, dtype=wide),
-            )
+            d_keys, d_values = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
             for tile in part.tiles:
                 left, above, seen = tile.of(queries), tile.of(upstream), tile.seen(keys)
                 weights = _probabilities(tile, part, left, seen, later, ctx.scale)
@@ -70,16 +67,12 @@ class _PackedAttention(torch.autograd.Function):
                 tile.columns(d_values).add_(torch.bmm(weights.mT, above))
             sums.append((d_keys, d_values))
         dq = d_queries.index_select(0, plan.restore).view(q.shape)
-        dk, dv = (_of_tokens(some, plan, k) for some in zip(*sums, strict=True))
+        of_keys, of_values = zip(*sums, strict=True)
+        dk, dv = _of_tokens(of_keys, plan, k), _of_tokens(of_values, plan, v)
         if plan.num_filling:
             for total in (dq, dk, dv):
                 total[-plan.num_filling :] = 0.0
         return dq, dk, dv, None, None
-
-
-def _picked(states: Tensor, index: Tensor) -> Tensor:
-    """[rows, dim] out of [_T, heads, dim], whose heads are counted through."""
-    return states.reshape(-1, states.shape[-1]).index_select(0, index)
 
 
 def _later(queries: Tensor, plan: Plan) -> Tensor:

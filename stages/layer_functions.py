@@ -106,12 +106,12 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return rotated(states, cos, sin, states.dtype)
+        return rotated(states, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return rotated(grad, cos, -sin, grad.dtype), None, None
+        return rotated(grad, cos, -sin), None, None
 
 
 class GatedMLP(torch.autograd.Function):
@@ -159,15 +159,15 @@ class GatedMLP(torch.autograd.Function):
         )
 
 
-def rotated(states: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `Rotation` gives, in a format."""
+def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What `Rotation` gives."""
     rows = states.transpose(1, 2).float()
     half = rows.shape[-1] // 2
     sin = sin[..., None, :half]
     found = rows * cos.unsqueeze(2)
     found[..., :half].addcmul_(rows[..., half:], sin, value=-1)
     found[..., half:].addcmul_(rows[..., :half], sin)
-    return found.to(dtype).transpose(1, 2)
+    return found.to(states.dtype).transpose(1, 2)
 
 
 def _inverse_norm(states: Tensor, epsilon: float) -> Tensor:

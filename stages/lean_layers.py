@@ -196,7 +196,7 @@ def _use_rotation(file: ModuleType) -> None:
         found = theirs(q, k, cos, sin)
     except (TypeError, ValueError, RuntimeError):
         return
-    ours = [layer_functions.rotated(one, cos, sin, one.dtype) for one in (q, k)]
+    ours = [layer_functions.rotated(one, cos, sin) for one in (q, k)]
     if all(_agree(a, b) for a, b in zip(found, ours, strict=True)):
         setattr(file, _ROTATION, _rotation(theirs))
 
