@@ -165,9 +165,9 @@ class OnlineConfig(Frozen):
     """Passes over a rollout batch."""
     num_mini_batches: int = Field(default=1, ge=1)
     """Optimizer steps in one pass over a rollout batch."""
-    micro_batch_tokens: int = Field(default=16384, ge=8)
-    """Most tokens that go through the model at once; fewer where measured memory does not hold
-    them."""
+    micro_batch_tokens: int | None = Field(default=None, ge=8)
+    """Most tokens that go through the model at once, as many as serve the model best unless given;
+    fewer where measured memory does not hold them."""
     precision: Precision = "float32"
     """Number format of the matrix products, sampling's too; weights stay in float32."""
     gradient_checkpointing: bool = False

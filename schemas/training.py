@@ -105,9 +105,9 @@ class SupervisedConfig(Frozen):
     """Records (pairs for a reward model and DPO) in one optimizer step, over all ranks."""
     max_length: int = Field(ge=8)
     """Longest sequence in tokens; longer ones are cut, counted and reported."""
-    micro_batch_tokens: int = Field(default=8192, ge=8)
-    """Most tokens that go through the model at once; fewer where measured memory does not hold
-    them."""
+    micro_batch_tokens: int | None = Field(default=None, ge=8)
+    """Most tokens that go through the model at once, as many as serve the model best unless given;
+    fewer where measured memory does not hold them."""
     precision: Precision = "float32"
     """Number format of the matrix products; weights and optimizer state stay in float32."""
     gradient_checkpointing: bool = False

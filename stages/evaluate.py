@@ -38,9 +38,6 @@ from stages.tokenization import completion_text, encode_prompt
 logger = logging.getLogger(__name__)
 
 
-_MAX_TOKENS = 16384
-
-
 @dataclass(frozen=True)
 class Sampled:
     """What one model answered to the records, _N = records times samples."""
@@ -84,7 +81,7 @@ def run(request: EvaluateRequest, *, run_dir: Path, tracker: Tracker) -> Evaluat
         outcome=request.reward_model,
         process=request.process_reward_model,
         step_separator=request.step_separator,
-        max_tokens=_MAX_TOKENS,
+        max_tokens=None,
         precision=request.rollout.precision,
         device=device,
     )
@@ -160,12 +157,12 @@ def _sample(
     width = max(len(rollout.completion_ids) for rollout in rollouts)
     # Greedy samples come from the distribution at temperature 1.
     temperature = sampling.temperature or 1.0
-    logprobs = all_completion_logprobs(model, sequences, width, _MAX_TOKENS, temperature)
+    logprobs = all_completion_logprobs(model, sequences, width, None, temperature)
     if policy.sha256 == request.baseline.sha256:
         return Sampled(rollouts, rewards, torch.zeros(len(rollouts)), proxy)
     reference = load_policy(store.path(request.baseline), device).eval()
     use_precision(reference, request.rollout.precision)
-    ref_logprobs = all_completion_logprobs(reference, sequences, width, _MAX_TOKENS, temperature)
+    ref_logprobs = all_completion_logprobs(reference, sequences, width, None, temperature)
     kl = kl_k1(logprobs, ref_logprobs).sum(1).cpu()
     return Sampled(rollouts, rewards, kl, proxy)
 

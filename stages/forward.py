@@ -17,6 +17,7 @@ from schemas.base import UserError
 from stages import heartbeat
 from stages.attention import no_mask, use_packed_attention
 from stages.core.logprobs import chunked_token_logprobs, weighted_logprob_sum
+from stages.memory import tokens_at_once
 from stages.models import head_of
 from stages.packing import PackedBatch, micro_batches, pack
 from stages.precision import compute_dtype, computing
@@ -186,11 +187,15 @@ def scores_at(model: Critic, sequences: Sequences, positions: Sequence[Sequence[
 
 @torch.inference_mode()
 def all_completion_logprobs(
-    model: PreTrainedModel, sequences: Sequences, width: int, max_tokens: int, temperature: float
+    model: PreTrainedModel,
+    sequences: Sequences,
+    width: int,
+    max_tokens: int | None,
+    temperature: float,
 ) -> Tensor:
-    """`completion_logprobs` without gradient, in micro-batches."""
+    """`completion_logprobs` without gradient, in micro-batches: see `tokens_at_once`."""
     out = torch.zeros(len(sequences), width, device=model.device)
-    for indices in sequences.micro_batches(max_tokens):
+    for indices in sequences.micro_batches(tokens_at_once(max_tokens, model)):
         heartbeat.beat(f"computing log-probabilities of {len(sequences)} completions")
         logprobs, _ = completion_logprobs(model, sequences.select(indices), width, temperature)
         out[indices] = logprobs.float()

@@ -92,7 +92,7 @@ def use_lean_layers(backbone: nn.Module) -> HeldWeights:
         embedding = backbone.get_input_embeddings()
         if _is_plain_embedding(embedding):
             embedding.forward = MethodType(_embedding_forward, embedding)
-    layers = _decoder_layers(backbone)
+    layers = decoder_layers(backbone)
     for file in {sys.modules[type(module).__module__] for module in layers.modules()}:
         _use_rotation(file)
     for module in layers.modules():
@@ -117,7 +117,7 @@ def store_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """
     narrow = {
         id(module.weight)
-        for module in _decoder_layers(model).modules()
+        for module in decoder_layers(model).modules()
         if type(module) is nn.Linear and hasattr(module, _WEIGHTS)
     }
     for parameter in model.parameters():
@@ -126,7 +126,7 @@ def store_weights(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(wanted, copy=True)
 
 
-def _decoder_layers(model: nn.Module) -> nn.Module:
+def decoder_layers(model: nn.Module) -> nn.Module:
     """The longest list of modules. What lies outside, such as the last norm, feeds a head that may
     want float32."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from infra.memory import free_bytes
 from stages.core.logprobs import KEPT_ELEMENTS
 from stages.forward import LOGIT_ELEMENTS, hidden_states
-from stages.memory import TokenBudget
+from stages.memory import TokenBudget, tokens_at_once
 from stages.packing import pack
 from stages.precision import compute_dtype
 from stages.shared_critic import Critic
@@ -28,13 +28,14 @@ _LENGTH = 96
 
 
 def fitted_budget(
-    tokens: int, section: str, models: Sequence[Critic], run_dir: Path
+    asked: int | None, section: str, models: Sequence[Critic], run_dir: Path
 ) -> TokenBudget:
-    """At most `tokens` tokens at once, and fewer where memory does not hold them.
+    """As many tokens as are asked for or serve the models best, fewer where memory is short.
 
     models: those that are trained, one after the other. run_dir keeps the result, so that every
     attempt at a stage splits its batches alike. Draws no random number.
     """
+    tokens = min(tokens_at_once(asked, model) for model in models)
     budget = TokenBudget(tokens, section)
     model = models[0]
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):

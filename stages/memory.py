@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from infra.files import write_atomic
 from schemas.base import UserError
+from stages.lean_layers import decoder_layers
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +21,30 @@ _Result = TypeVar("_Result")
 
 # Below this a micro-batch is so small that the model itself must be what does not fit.
 _LEAST = 16
+
+_MOST = 16384
+# On processors: elements of the widest states of a layer, 6 MB in float32, which a core's share of
+# the cache holds. More tokens made no model faster, from 0.1 to 135 million parameters, and took up
+# to three times the memory beside the model's state (tests.benchmarks.step).
+_CACHED_ELEMENTS = 3 * 2**19
+# Below, what each micro-batch costs whatever its size, going through all gradients once, shows.
+_FEWEST = 1024
+_ENOUGH = 8192
+
+
+def tokens_at_once(asked: int | None, model: nn.Module) -> int:
+    """Tokens of a micro-batch: those asked for, or as many as serve the model best.
+
+    That is what keeps a GPU busy; on a processor, what the cache holds of a layer. The numbers are
+    of the model and the kind of device alone: every machine of a kind splits alike.
+    """
+    if asked is not None:
+        return asked
+    if next(model.parameters()).device.type != "cpu":
+        return _MOST
+    weights = [weight for weight in decoder_layers(model).parameters() if weight.ndim > 1]
+    widest = max((max(weight.shape[-2:]) for weight in weights), default=1)
+    return min(max(_CACHED_ELEMENTS // widest, _FEWEST), _ENOUGH)
 
 
 class TokenBudget:
@@ -45,11 +71,11 @@ class TokenBudget:
         fitting = max(int(free / bytes_a_token), _LEAST)
         if fitting < self.tokens:
             logger.warning(
-                "%s.micro_batch_tokens is %d, but memory holds %d tokens at once (%.2f MB each, "
+                "%s.micro_batch_tokens: memory holds %d tokens at once, not %d (%.2f MB each, "
                 "%.2f GB left for them): going on with that; %s.gradient_checkpointing takes less",
                 self._section,
-                self.tokens,
                 fitting,
+                self.tokens,
                 bytes_a_token / 1e6,
                 free / 1e9,
                 self._section,

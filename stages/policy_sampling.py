@@ -20,8 +20,6 @@ from stages.rollout.engine import build_engine
 from stages.rollout.types import Rollout
 from stages.tokenization import completion_text, encode_prompt
 
-_MAX_TOKENS = 16384
-
 
 class PolicySampler:
     """A policy, an engine, a rewarder and prompts; a context manager that ends their processes."""
@@ -57,7 +55,7 @@ class PolicySampler:
             outcome=outcome,
             process=None,
             step_separator=step_separator,
-            max_tokens=_MAX_TOKENS,
+            max_tokens=None,
             precision=request.rollout.precision,
             device=model.device,
         )

@@ -24,6 +24,7 @@ from stages.core.metrics import expected_calibration_error, first_error_f1
 from stages.data.records import read_datasets
 from stages.forward import Sequences, scores_at
 from stages.gradient_checkpointing import use_gradient_checkpointing
+from stages.memory import tokens_at_once
 from stages.models import load_tokenizer, load_with_head, num_parameters, save_model, to_device
 from stages.packing import micro_batches
 from stages.precision import use_precision
@@ -179,12 +180,12 @@ def micro_losses(
 
 @torch.inference_mode()
 def evaluate(
-    model: PreTrainedModel, examples: Sequence[Labelled], max_tokens: int
+    model: PreTrainedModel, examples: Sequence[Labelled], max_tokens: int | None
 ) -> dict[str, float]:
     """Held-out step accuracy, first-error F1 (ProcessBench) and calibration."""
     probabilities: list[Tensor] = [torch.empty(0)] * len(examples)
     lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
-    for indices in micro_batches(lengths, max_tokens):
+    for indices in micro_batches(lengths, tokens_at_once(max_tokens, model)):
         heartbeat.beat(f"evaluating on {len(examples)} held-out step records")
         chosen = [examples[i] for i in indices]
         right = step_logits(model, chosen).softmax(-1)[:, 1].cpu()

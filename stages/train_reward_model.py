@@ -23,6 +23,7 @@ from stages.core.metrics import expected_calibration_error
 from stages.data.records import read_datasets
 from stages.forward import Sequences, scores_at
 from stages.gradient_checkpointing import use_gradient_checkpointing
+from stages.memory import tokens_at_once
 from stages.models import load_tokenizer, load_with_head, num_parameters, save_model, to_device
 from stages.packing import micro_batches
 from stages.precision import use_precision
@@ -151,11 +152,13 @@ def micro_losses(
 
 
 @torch.inference_mode()
-def evaluate(model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int) -> dict[str, float]:
+def evaluate(
+    model: PreTrainedModel, pairs: Sequence[Pair], max_tokens: int | None
+) -> dict[str, float]:
     """Held-out accuracy (a tie counts half), calibration, and the distribution of the scores."""
     gaps = torch.zeros(len(pairs))
     scores: list[Tensor] = []
-    for indices in pair_batches(pairs, max_tokens):
+    for indices in pair_batches(pairs, tokens_at_once(max_tokens, model)):
         heartbeat.beat(f"evaluating on {len(pairs)} held-out pairs")
         chosen, rejected = score_pairs(model, [pairs[i] for i in indices])
         gaps[indices] = (chosen - rejected).cpu()

@@ -54,7 +54,7 @@ class Rewarder:
         outcome: PreTrainedModel | ServedModel | None,
         process: PreTrainedModel | ServedModel | None,
         step_separator: str,
-        max_tokens: int,
+        max_tokens: int | None,
     ) -> None:
         self._config = config
         self._tokenizer = tokenizer
@@ -132,7 +132,7 @@ def build_rewarder(
     outcome: RewardModelCheckpoint | None,
     process: RewardModelCheckpoint | None,
     step_separator: str,
-    max_tokens: int,
+    max_tokens: int | None,
     precision: Precision,
     device: torch.device,
 ) -> Rewarder:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from schemas.training import Precision
 from stages import heartbeat
 from stages.forward import Sequences, scores_at
+from stages.memory import tokens_at_once
 from stages.models import load_with_head, to_device
 from stages.precision import freeze, use_precision
 from stages.rewards.served import ServedModel
@@ -26,13 +27,13 @@ def load_scorer(
 
 @torch.inference_mode()
 def outcome_scores(
-    model: PreTrainedModel | ServedModel, sequences: Sequences, max_tokens: int
+    model: PreTrainedModel | ServedModel, sequences: Sequences, max_tokens: int | None
 ) -> Tensor:
     """The raw score at the last token of each sequence, [_B]."""
     if isinstance(model, ServedModel):
         return model.outcome_scores(sequences)
     scores = torch.zeros(len(sequences), device=model.device)
-    for indices in sequences.micro_batches(max_tokens):
+    for indices in sequences.micro_batches(tokens_at_once(max_tokens, model)):
         heartbeat.beat(f"scoring {len(sequences)} completions with the outcome reward model")
         chosen = sequences.select(indices)
         scores[indices] = scores_at(model, chosen, [[n - 1] for n in chosen.lengths()])[:, 0]
@@ -44,7 +45,7 @@ def step_scores(
     model: PreTrainedModel | ServedModel,
     sequences: Sequences,
     step_ends: Sequence[Sequence[int]],
-    max_tokens: int,
+    max_tokens: int | None,
 ) -> list[Tensor]:
     """P(right) at each step's last token; one tensor [_S] a sequence, empty where no step is.
 
@@ -54,7 +55,7 @@ def step_scores(
         return model.step_scores(sequences, step_ends)
     scores = [torch.zeros(0, device=model.device) for _ in range(len(sequences))]
     scored = [index for index, ends in enumerate(step_ends) if ends]
-    for batch in sequences.select(scored).micro_batches(max_tokens):
+    for batch in sequences.select(scored).micro_batches(tokens_at_once(max_tokens, model)):
         heartbeat.beat(f"scoring {len(sequences)} completions with the process reward model")
         indices = [scored[i] for i in batch]
         chosen = sequences.select(indices)

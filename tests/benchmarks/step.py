@@ -51,7 +51,7 @@ from stages import train_process_reward_model, train_reward_model, train_sft
 from stages.core.products import linear
 from stages.forward import Sequences
 from stages.gradient_checkpointing import use_gradient_checkpointing
-from stages.memory import TokenBudget
+from stages.memory import TokenBudget, tokens_at_once
 from stages.models import load_policy, load_with_head, num_parameters, to_device
 from stages.precision import freeze, use_precision, weights_held
 from stages.rewards.composition import RewardBreakdown
@@ -111,23 +111,24 @@ class Work:
     times the parameters a token goes through; attention and recomputation are left out."""
     attention_flops: float
     """Products of queries, keys and values, those that the causal mask removes not counted."""
+    micro_batch_tokens: int
 
 
 def _offline(
     args: argparse.Namespace, lengths: Sequence[Lengths], device: torch.device, clock: Clock
 ) -> Work:
     folder = Path(args.model)
-    budget = args.micro_batch_tokens
     settings: dict[str, Any] = {
         "optimizer": OptimizerConfig(learning_rate=1e-6),
         "max_length": args.prompt_tokens + args.completion_tokens,
-        "micro_batch_tokens": budget,
+        "micro_batch_tokens": args.micro_batch_tokens or None,
         "precision": args.precision,
     }
     kind = {"rm": "outcome", "prm": "process"}.get(args.algorithm)
     model = load_with_head(folder, kind, 0) if kind else load_policy(folder, device)
     use_precision(to_device(model, device), args.precision)
     use_gradient_checkpointing(model, args.gradient_checkpointing, args.algorithm)
+    budget = tokens_at_once(settings["micro_batch_tokens"], model)
     optimizer = _optimizer(model, settings["optimizer"], clock)
     draw = _Drawn(model.config.get_text_config().vocab_size, args.seed)
     passes = 6
@@ -179,6 +180,7 @@ def _offline(
         0,
         float(passes * size * sum(tokens)),
         passes * _attention(model, tokens),
+        budget,
     )
 
 
@@ -193,7 +195,7 @@ def _online(
                 "prompts_per_step": args.prompts,
                 "group_size": args.group_size,
                 "num_epochs": args.num_epochs,
-                "micro_batch_tokens": args.micro_batch_tokens,
+                "micro_batch_tokens": args.micro_batch_tokens or None,
                 "precision": args.precision,
                 "sampling": {"max_completion_tokens": args.completion_tokens},
             },
@@ -227,7 +229,7 @@ def _online(
     draw = _Drawn(policy.config.get_text_config().vocab_size, args.seed)
     records = [PromptRecord({"id": str(i)}, draw.ids(one.prompt)) for i, one in enumerate(lengths)]
     learner = Learner(policy, optimizer, critic, critic_optimizer)
-    budget = TokenBudget(args.micro_batch_tokens, "rl.online")
+    budget = TokenBudget(tokens_at_once(online.micro_batch_tokens, policy), "rl.online")
     stability = Stability(StabilityConfig(), "rl.online.stability")
     exact = args.engine == "native" and args.precision == "float32"
 
@@ -287,7 +289,7 @@ def _online(
     prompts = [one.prompt for one in lengths for _ in one.completions]
     attention += 2 * (_attention(policy, tokens) - _attention(policy, prompts))
     trained = size + (num_parameters(critic) if critic is not None else 0)
-    return Work(step, size, trained, sum(tokens), generated, flops, attention)
+    return Work(step, size, trained, sum(tokens), generated, flops, attention, budget.tokens)
 
 
 _ALGORITHM: dict[str, dict[str, Any]] = {
@@ -407,7 +409,7 @@ def report(
             "num_epochs": args.num_epochs if work.generated_tokens else None,
             "reward_model": args.reward_model and args.algorithm == "ppo",
             "reference": args.reference if args.algorithm == "dpo" else None,
-            "micro_batch_tokens": args.micro_batch_tokens,
+            "micro_batch_tokens": work.micro_batch_tokens,
             "gradient_checkpointing": args.gradient_checkpointing,
             "seed": args.seed,
         },

@@ -59,13 +59,17 @@ def main() -> None:
 def measurements(args: argparse.Namespace, algorithm: str) -> Iterator[dict[str, Any]]:
     """Ours, and TRL's with each of the settings."""
     work = ["--algorithm", algorithm, "--model", args.model, *work_of(args, algorithm)]
-    ours = [sys.executable, "-m", "tests.benchmarks.step", *work]
+    budget, trl_budget = (
+        ["--micro-batch-tokens", str(tokens)]
+        for tokens in (args.micro_batch_tokens, args.trl_micro_batch_tokens)
+    )
+    ours = [sys.executable, "-m", "tests.benchmarks.step", *work, *budget]
     yield _run(ours) | {"who": _OURS}
     if args.also_checkpointed:
         yield _run([*ours, "--gradient-checkpointing"]) | {"who": _CHECKPOINTED}
     python = args.trl_python_ppo if algorithm in ("ppo", "prm") else args.trl_python
     for settings in args.settings.split(","):
-        command = [python, str(HERE / "trl_step.py"), *work, "--settings", settings]
+        command = [python, str(HERE / "trl_step.py"), *work, *trl_budget, "--settings", settings]
         yield _run(command) | {"who": f"TRL {settings}"}
 
 
@@ -79,7 +83,6 @@ def work_of(args: argparse.Namespace, algorithm: str) -> list[str]:
         "prompt-tokens": prompt,
         "min-completion-tokens": shortest,
         "completion-tokens": longest,
-        "micro-batch-tokens": args.micro_batch_tokens,
         "threads": args.threads,
         "steps": args.steps,
         "warmup": args.warmup,
@@ -185,7 +188,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--reference", choices=("pass", "cached"), default="pass", help="see step")
-    parser.add_argument("--micro-batch-tokens", type=int, default=2048)
+    parser.add_argument(
+        "--micro-batch-tokens", type=int, default=0, help="ours; 0: as many as a stage chooses"
+    )
+    parser.add_argument(
+        "--trl-micro-batch-tokens", type=int, default=2048, help="TRL's, in its fastest settings"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument(

@@ -126,7 +126,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="shortest completion, lengths being uniform up to --completion-tokens; 0: all have "
         "those; for algorithms that learn from fixed records",
     )
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096)
+    parser.add_argument(
+        "--micro-batch-tokens", type=int, default=0, help="0: as many as a stage chooses"
+    )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--num-epochs", type=int, default=1, help="passes over a rollout batch")
     parser.add_argument(

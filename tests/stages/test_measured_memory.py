@@ -103,7 +103,20 @@ def test_the_budget_is_what_memory_holds(
     with caplog.at_level(logging.WARNING):
         budget = fitted_budget(1000, "rl.online", [model], tmp_path)
     assert budget.tokens == 200  # four fifths
-    assert "rl.online.micro_batch_tokens is 1000, but memory holds 200 tokens" in caplog.text
+    assert "rl.online.micro_batch_tokens: memory holds 200 tokens at once, not 1000" in caplog.text
+
+
+def test_what_is_not_given_is_what_serves_the_narrowest_choice_of_the_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow, _ = load_base(tiny_config(), seed=0)
+    wide, _ = load_base(tiny_config(intermediate_size=512), seed=0)
+    monkeypatch.setattr(measured_memory, "free_bytes", lambda device: MUCH)
+    assert fitted_budget(None, "sft", [narrow], _made(tmp_path / "sft")).tokens == 8192
+    both = fitted_budget(None, "rl.online", [narrow, wide], _made(tmp_path / "online"))
+    assert both.tokens == 3 * 2**19 // 512
+    monkeypatch.setattr(measured_memory, "free_bytes", lambda device: 0)
+    assert fitted_budget(None, "sft", [narrow], _made(tmp_path / "little")).tokens == 16
 
 
 def test_later_attempts_split_as_the_first_did(

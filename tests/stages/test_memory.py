@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import nn
 
 from schemas.base import UserError
 from stages import supervised
-from stages.memory import TokenBudget, out_of_memory
+from stages.memory import TokenBudget, out_of_memory, tokens_at_once
 from stages.models import load_base
 from stages.train_sft import micro_losses
 from tests.stages.conftest import tiny_config
@@ -19,6 +20,37 @@ from tests.stages.fakes import MemoryTracker
 from tests.stages.test_supervised import CONFIG, examples
 
 CPU_MESSAGE = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
+
+
+@pytest.mark.parametrize(
+    ("width", "tokens"),
+    # 1,572,864 elements of the widest states, between 1,024 and 8,192 tokens.
+    [(64, 8192), (688, 2286), (1024, 1536), (1536, 1024), (18944, 1024)],
+)
+def test_a_micro_batch_on_a_processor_is_what_the_cache_holds(width: int, tokens: int) -> None:
+    model = _layers(width)
+    assert tokens_at_once(None, model) == tokens
+    assert tokens_at_once(300, model) == 300
+
+
+def test_a_micro_batch_on_other_devices_keeps_them_busy() -> None:
+    assert tokens_at_once(None, _layers(1536).to("meta")) == 16384
+
+
+def test_neither_vocabulary_nor_a_matrix_for_each_expert_counts() -> None:
+    model = _layers(1536)
+    model.embedding = nn.Embedding(49152, 8)
+    assert tokens_at_once(None, model) == 1024
+    layers = model.layers
+    assert isinstance(layers, nn.ModuleList)
+    layers[0].experts = nn.Parameter(torch.zeros(4096, 2, 8))
+    assert tokens_at_once(None, model) == 1024
+
+
+def _layers(width: int) -> nn.Module:
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(8, width, bias=False) for _ in range(2)])
+    return model
 
 
 def test_the_budget_is_halved_until_it_fits(caplog: pytest.LogCaptureFixture) -> None:
