@@ -5,12 +5,14 @@ The heads are applied by hand, at the positions that count and nowhere else.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from schemas.base import UserError
@@ -56,6 +58,12 @@ class Sequences:
     def micro_batches(self, max_tokens: int) -> Iterator[list[int]]:
         """Indices in micro-batches of at most max_tokens tokens, like prompts together."""
         return micro_batches(self.lengths(), max_tokens, self.prompt_ids)
+
+    def best_micro_batches(self, asked: int | None, model: nn.Module) -> Iterator[list[int]]:
+        """The same, of as many tokens as `tokens_at_once` says."""
+        counts = Counter(map(tuple, self.prompt_ids))
+        shared = [len(prompt) for prompt, count in counts.items() if count > 1]
+        return self.micro_batches(tokens_at_once(asked, model, fmean(shared) if shared else 0.0))
 
 
 def hidden_states(model: Critic, batch: PackedBatch) -> Tensor:
@@ -195,7 +203,7 @@ def all_completion_logprobs(
 ) -> Tensor:
     """`completion_logprobs` without gradient, in micro-batches: see `tokens_at_once`."""
     out = torch.zeros(len(sequences), width, device=model.device)
-    for indices in sequences.micro_batches(tokens_at_once(max_tokens, model)):
+    for indices in sequences.best_micro_batches(max_tokens, model):
         heartbeat.beat(f"computing log-probabilities of {len(sequences)} completions")
         logprobs, _ = completion_logprobs(model, sequences.select(indices), width, temperature)
         out[indices] = logprobs.float()

@@ -28,14 +28,19 @@ _LENGTH = 96
 
 
 def fitted_budget(
-    asked: int | None, section: str, models: Sequence[Critic], run_dir: Path
+    asked: int | None,
+    section: str,
+    models: Sequence[Critic],
+    run_dir: Path,
+    shared_prompt: float = 0.0,
 ) -> TokenBudget:
     """As many tokens as are asked for or serve the models best, fewer where memory is short.
 
+    shared_prompt: see `tokens_at_once`.
     models: those that are trained, one after the other. run_dir keeps the result, so that every
     attempt at a stage splits its batches alike. Draws no random number.
     """
-    tokens = min(tokens_at_once(asked, model) for model in models)
+    tokens = min(tokens_at_once(asked, model, shared_prompt) for model in models)
     budget = TokenBudget(tokens, section)
     model = models[0]
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):

@@ -30,13 +30,17 @@ _CACHED_ELEMENTS = 3 * 2**19
 # Below, what each micro-batch costs whatever its size, going through all gradients once, shows.
 _FEWEST = 1024
 _ENOUGH = 8192
+_PROMPTS = 8
 
 
-def tokens_at_once(asked: int | None, model: nn.Module) -> int:
+def tokens_at_once(asked: int | None, model: nn.Module, shared_prompt: float = 0.0) -> int:
     """Tokens of a micro-batch: those asked for, or as many as serve the model best.
 
     That is what keeps a GPU busy; on a processor, what the cache holds of a layer. The numbers are
-    of the model and the kind of device alone: every machine of a kind splits alike.
+    of model, data and kind of device alone: every machine of a kind splits alike.
+
+    shared_prompt: tokens of a prompt that several sequences share, on average. Each micro-batch
+    computes its own copy, so it is to be an eighth at most.
     """
     if asked is not None:
         return asked
@@ -44,7 +48,8 @@ def tokens_at_once(asked: int | None, model: nn.Module) -> int:
         return _MOST
     weights = [weight for weight in decoder_layers(model).parameters() if weight.ndim > 1]
     widest = max((max(weight.shape[-2:]) for weight in weights), default=1)
-    return min(max(_CACHED_ELEMENTS // widest, _FEWEST), _ENOUGH)
+    serves = min(max(_CACHED_ELEMENTS // widest, _FEWEST), _ENOUGH)
+    return min(max(serves, round(_PROMPTS * shared_prompt)), _MOST)
 
 
 class TokenBudget:

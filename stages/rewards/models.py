@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from schemas.training import Precision
 from stages import heartbeat
 from stages.forward import Sequences, scores_at
-from stages.memory import tokens_at_once
 from stages.models import load_with_head, to_device
 from stages.precision import freeze, use_precision
 from stages.rewards.served import ServedModel
@@ -33,7 +32,7 @@ def outcome_scores(
     if isinstance(model, ServedModel):
         return model.outcome_scores(sequences)
     scores = torch.zeros(len(sequences), device=model.device)
-    for indices in sequences.micro_batches(tokens_at_once(max_tokens, model)):
+    for indices in sequences.best_micro_batches(max_tokens, model):
         heartbeat.beat(f"scoring {len(sequences)} completions with the outcome reward model")
         chosen = sequences.select(indices)
         scores[indices] = scores_at(model, chosen, [[n - 1] for n in chosen.lengths()])[:, 0]
@@ -55,7 +54,7 @@ def step_scores(
         return model.step_scores(sequences, step_ends)
     scores = [torch.zeros(0, device=model.device) for _ in range(len(sequences))]
     scored = [index for index, ends in enumerate(step_ends) if ends]
-    for batch in sequences.select(scored).micro_batches(tokens_at_once(max_tokens, model)):
+    for batch in sequences.select(scored).best_micro_batches(max_tokens, model):
         heartbeat.beat(f"scoring {len(sequences)} completions with the process reward model")
         indices = [scored[i] for i in batch]
         chosen = sequences.select(indices)

@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -229,7 +230,10 @@ def _online(
     draw = _Drawn(policy.config.get_text_config().vocab_size, args.seed)
     records = [PromptRecord({"id": str(i)}, draw.ids(one.prompt)) for i, one in enumerate(lengths)]
     learner = Learner(policy, optimizer, critic, critic_optimizer)
-    budget = TokenBudget(tokens_at_once(online.micro_batch_tokens, policy), "rl.online")
+    shared_prompt = fmean(one.prompt for one in lengths) if args.group_size > 1 else 0.0
+    budget = TokenBudget(
+        tokens_at_once(online.micro_batch_tokens, policy, shared_prompt), "rl.online"
+    )
     stability = Stability(StabilityConfig(), "rl.online.stability")
     exact = args.engine == "native" and args.precision == "float32"
 

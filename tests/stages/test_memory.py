@@ -12,6 +12,7 @@ from torch import nn
 
 from schemas.base import UserError
 from stages import supervised
+from stages.forward import Sequences
 from stages.memory import TokenBudget, out_of_memory, tokens_at_once
 from stages.models import load_base
 from stages.train_sft import micro_losses
@@ -31,6 +32,27 @@ def test_a_micro_batch_on_a_processor_is_what_the_cache_holds(width: int, tokens
     model = _layers(width)
     assert tokens_at_once(None, model) == tokens
     assert tokens_at_once(300, model) == 300
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens"),
+    # At most an eighth of a micro-batch, unless a GPU's does not suffice.
+    [(100.0, 1024), (200.0, 1600), (1500.5, 12004), (4000.0, 16384)],
+)
+def test_a_shared_prompt_is_a_small_part_of_a_micro_batch(prompt: float, tokens: int) -> None:
+    model = _layers(1536)
+    assert tokens_at_once(None, model, prompt) == tokens
+    assert tokens_at_once(512, model, prompt) == 512
+
+
+def test_prompts_that_no_two_sequences_share_do_not_count() -> None:
+    model = _layers(1536)
+    long, other = list(range(2000)), list(range(1, 2001))
+    apart = Sequences([long, other], [[1], [1]])
+    assert list(apart.best_micro_batches(None, model)) == [[0], [1]]
+    together = Sequences([long, other, long], [[1], [1], [1]])
+    assert list(together.best_micro_batches(None, model)) == [[0, 2, 1]]
+    assert len(list(together.best_micro_batches(1024, model))) == 3
 
 
 def test_a_micro_batch_on_other_devices_keeps_them_busy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from schemas.base import UserError
 from schemas.rewards import RewardConfig
 from schemas.rl import RLConfig, RolloutConfig
-from stages import termination
+from stages import memory, termination
 from stages.adapters import add_adapters
 from stages.models import load_policy, load_with_head
 from stages.rewards.composition import Rewarder
@@ -327,6 +328,34 @@ def test_micro_batches_do_not_change_the_first_update(
         logged.append(dict(tracker.lines)[2])
     for name in ("policy/loss", "grad_norm", "entropy", "reward/mean"):
         assert logged[0][name] == pytest.approx(logged[1][name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("group_size", "tokens"),
+    # Prompts of 4, 6, 4, 6 and 4 tokens: 8 times their mean, if a group shares one.
+    [(4, 38), (1, 16)],
+)
+def test_micro_batches_grow_with_the_prompts_that_groups_share(
+    tiny: Any,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    group_size: int,
+    tokens: int,
+) -> None:
+    monkeypatch.setattr(memory, "_FEWEST", 16)
+    monkeypatch.setattr(memory, "_ENOUGH", 16)
+    settings = {"num_steps": 1, "group_size": group_size, "micro_batch_tokens": None}
+    train(
+        tiny,
+        tiny_folder,
+        tmp_path,
+        MemoryTracker(),
+        "rloo" if group_size > 1 else "ppo",
+        **settings,
+    )
+    kept = json.loads((tmp_path / "micro_batch_tokens.json").read_text(encoding="utf-8"))
+    assert kept == {"tokens": tokens}
 
 
 @EVERY_ALGORITHM
