@@ -5,7 +5,6 @@ The heads are applied by hand, at the positions that count and nowhere else.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -21,7 +20,7 @@ from stages.attention import no_mask, use_packed_attention
 from stages.core.logprobs import chunked_token_logprobs, weighted_logprob_sum
 from stages.memory import tokens_at_once
 from stages.models import head_of
-from stages.packing import PackedBatch, micro_batches, pack
+from stages.packing import PackedBatch, like_prompts, micro_batches, pack
 from stages.precision import compute_dtype, computing
 from stages.shared_critic import Critic, SharedCritic
 
@@ -61,9 +60,11 @@ class Sequences:
 
     def best_micro_batches(self, asked: int | None, model: nn.Module) -> Iterator[list[int]]:
         """The same, of as many tokens as `tokens_at_once` says."""
-        counts = Counter(map(tuple, self.prompt_ids))
-        shared = [len(prompt) for prompt, count in counts.items() if count > 1]
-        return self.micro_batches(tokens_at_once(asked, model, fmean(shared) if shared else 0.0))
+        if asked is not None:
+            return self.micro_batches(asked)
+        groups = like_prompts(self.prompt_ids)
+        shared = [len(self.prompt_ids[group[0]]) for group in groups if len(group) > 1]
+        return self.micro_batches(tokens_at_once(None, model, fmean(shared) if shared else 0.0))
 
 
 def hidden_states(model: Critic, batch: PackedBatch) -> Tensor:

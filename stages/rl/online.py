@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ from stages.rl.rollouts import (
     Sampler,
     ScoredRollouts,
     make_experience,
+    shared_prompt,
 )
 from stages.rl.traces import Traces, after_update, reference_logprobs
 from stages.rl.update import Learner, update
@@ -183,7 +183,7 @@ def train(
             "rl.online",
             [models.policy, *([models.critic] if models.critic is not None else [])],
             run_dir,
-            _shared_prompt(prompts, config),
+            shared_prompt(prompts, config),
         ),
         checkpoints=_checkpoints(run_dir, learner),
         traces=Traces(run_dir / "traces", config, decode),
@@ -192,12 +192,6 @@ def train(
     )
     with parts.batches:
         return _run(parts, tracker)
-
-
-def _shared_prompt(prompts: Sequence[PromptRecord], config: OnlineConfig) -> float:
-    if config.group_size == 1:
-        return 0.0
-    return fmean(len(prompt.prompt_ids) for prompt in prompts)
 
 
 def _run(parts: _Parts, tracker: Tracker) -> OnlineResult:

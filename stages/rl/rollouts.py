@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -130,6 +131,13 @@ class Sampler:
             for group in range(int(groups.max()) + 1)
             if bool((total[groups == group] == total[groups == group][0]).all())
         ]
+
+
+def shared_prompt(prompts: Sequence[PromptRecord], config: OnlineConfig) -> float:
+    """Tokens of a prompt that the completions of a group share, on average."""
+    if config.group_size == 1:
+        return 0.0
+    return fmean(len(prompt.prompt_ids) for prompt in prompts)
 
 
 def make_experience(

@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -59,7 +58,13 @@ from stages.rewards.composition import RewardBreakdown
 from stages.rewards.models import outcome_scores
 from stages.rl import dpo
 from stages.rl.algorithms import online_algorithm
-from stages.rl.rollouts import PromptRecord, ScoredRollouts, make_experience, single_update
+from stages.rl.rollouts import (
+    PromptRecord,
+    ScoredRollouts,
+    make_experience,
+    shared_prompt,
+    single_update,
+)
 from stages.rl.update import Learner, update
 from stages.rollout.engine import build_engine
 from stages.rollout.types import Rollout
@@ -230,10 +235,8 @@ def _online(
     draw = _Drawn(policy.config.get_text_config().vocab_size, args.seed)
     records = [PromptRecord({"id": str(i)}, draw.ids(one.prompt)) for i, one in enumerate(lengths)]
     learner = Learner(policy, optimizer, critic, critic_optimizer)
-    shared_prompt = fmean(one.prompt for one in lengths) if args.group_size > 1 else 0.0
-    budget = TokenBudget(
-        tokens_at_once(online.micro_batch_tokens, policy, shared_prompt), "rl.online"
-    )
+    max_tokens = tokens_at_once(online.micro_batch_tokens, policy, shared_prompt(records, online))
+    budget = TokenBudget(max_tokens, "rl.online")
     stability = Stability(StabilityConfig(), "rl.online.stability")
     exact = args.engine == "native" and args.precision == "float32"
 

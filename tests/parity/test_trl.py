@@ -230,7 +230,7 @@ def ours_online(
         train_policy=True,
         engine_is_exact=True,
         stability=Stability(config.online.stability, "rl.online.stability"),
-        budget=TokenBudget(config.online.micro_batch_tokens or 4096, "rl.online"),
+        budget=TokenBudget(config.online.micro_batch_tokens, "rl.online"),
         step=1,
         record_ids=lambda rollouts: [],
     )
