@@ -95,9 +95,10 @@ format: $(VENV)/.test
 
 clean:
 	rm -rf $(VENV) $(VENV)-trl $(VENV)-trl-ppo $(VENV)-vllm $(VENV)-mutation mutants .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -f stages/core/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) stages/core/kernels.c
 	@echo "setting up $(VENV): a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --retries 0 torch $(TORCH_INDEX)

@@ -207,7 +207,12 @@ def _relative_file(name: str, origin: Path) -> str:
 
 
 def _file_code_digest(path: Path) -> str:
-    return _digest_of_version(path, path.stat().st_mtime_ns)
+    """Of a module, and of the C file beside it that it calls, if there is one."""
+    digest = _digest_of_version(path, path.stat().st_mtime_ns)
+    compiled = path.with_suffix(".c")
+    if not compiled.is_file():
+        return digest
+    return hashlib.sha256(digest.encode() + compiled.read_bytes()).hexdigest()
 
 
 @functools.lru_cache(maxsize=1024)

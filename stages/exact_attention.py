@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stages.attention_plan import Part, Plan, Tile, picked, plan_of
+from stages.core import elementwise
 from stages.packing import Layout
 
 
@@ -34,12 +35,11 @@ class _PackedAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             queries = picked(q, plan.queries)
             outputs = torch.empty_like(queries)
-            later = _later(queries, plan)
             for part in plan.parts:
                 keys, values = part.gathered(k), part.gathered(v)
                 for tile in part.tiles:
                     seen, values_seen = tile.seen(keys), tile.seen(values)
-                    weights = _probabilities(tile, part, tile.of(queries), seen, later, scale)
+                    weights = _probabilities(tile, part, tile.of(queries), seen, scale)
                     torch.bmm(weights, values_seen, out=tile.of(outputs))
         return outputs.index_select(0, plan.restore).view(q.shape)
 
@@ -51,7 +51,6 @@ class _PackedAttention(torch.autograd.Function):
         if plan.filled is not None:
             upstream.index_fill_(0, plan.filled, 0.0)
         d_queries = torch.empty_like(queries)
-        later = _later(queries, plan)
         wide = torch.promote_types(k.dtype, torch.float32)
         sums: list[tuple[Tensor, Tensor]] = []
         for part in plan.parts:
@@ -59,9 +58,9 @@ class _PackedAttention(torch.autograd.Function):
             d_keys, d_values = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
             for tile in part.tiles:
                 left, above, seen = tile.of(queries), tile.of(upstream), tile.seen(keys)
-                weights = _probabilities(tile, part, left, seen, later, ctx.scale)
+                weights = _probabilities(tile, part, left, seen, ctx.scale)
                 d_weights = torch.bmm(above, tile.seen(values).mT)
-                d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, k.dtype)
+                d_scores = elementwise.causal_softmax_backward_(weights, d_weights, tile.chunk)
                 _product(d_scores, seen, ctx.scale, out=tile.of(d_queries))
                 tile.columns(d_keys).add_(_product(d_scores.mT, left, ctx.scale))
                 tile.columns(d_values).add_(torch.bmm(weights.mT, above))
@@ -75,26 +74,16 @@ class _PackedAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def _later(queries: Tensor, plan: Plan) -> Tensor:
-    """What takes a token's view of those behind it, added to scores [..., chunk, chunk]."""
-    return queries.new_full((plan.chunk, plan.chunk), -math.inf).triu_(1)
-
-
-def _probabilities(
-    tile: Tile, part: Part, queries: Tensor, keys: Tensor, later: Tensor, scale: float
-) -> Tensor:
+def _probabilities(tile: Tile, part: Part, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Softmax over what each query sees, [_R, _M, _S].
 
-    The kernel takes bfloat16 in and out and sums in float32.
+    bfloat16 goes in and out; sums are in float32.
     """
     scores = _product(queries, keys.mT, scale)
-    chunk = tile.chunk
-    own = scores.view(-1, chunk, scores.shape[-1])[..., -chunk:]
-    own += later[:chunk, :chunk]
     if part.hidden is not None:
         hidden = part.hidden[tile.rows]
         scores[..., : hidden.shape[-1]].masked_fill_(hidden, -math.inf)
-    return scores.softmax(dim=-1)
+    return elementwise.causal_softmax_(scores, tile.chunk)
 
 
 def _product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stages.core import elementwise
 from stages.core.gradients import added, gradient
 from stages.core.products import linear
 
@@ -77,8 +78,7 @@ class RMSNorm(torch.autograd.Function):
         dtype: torch.dtype,
         from_result: bool = False,
     ) -> Tensor:
-        scale = _inverse_norm(states, epsilon)
-        result = (states * scale).mul_(weight).to(dtype)
+        result, scale = elementwise.rms_norm(states, weight, epsilon, dtype)
         ctx.from_result, ctx.dtype = from_result, states.dtype
         ctx.save_for_backward(result if from_result else states, weight, scale)
         return result
@@ -86,32 +86,25 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight, scale = ctx.saved_tensors
-        # In float32 first: an operation on two formats takes longer than the copy.
-        normed = kept.float() / weight if ctx.from_result else kept.float() * scale
-        grad = grad.float()
-        product = normed * grad
-        d_weight = _rows(product).sum(0) if ctx.needs_input_grad[1] else None
-        along = (product @ weight).div_(-len(weight)).unsqueeze(-1)
-        d_states = (grad * weight).addcmul_(normed, along).mul_(scale)
+        d_states, d_weight = elementwise.rms_norm_backward(
+            kept, ctx.from_result, weight, scale, grad
+        )
         return d_states.to(ctx.dtype), d_weight, None, None, None
 
 
 class Rotation(torch.autograd.Function):
-    """Rotary position embedding (Su et al. 2021, eq. 34) of [1, heads, _T, dim], in float32.
-
-    cos and sin are [1, _T, dim], their second half the same as the first. The result lies in memory
-    as [1, _T, heads, dim], as the projection's output does and packed attention wants it.
-    """
+    """Rotary position embedding, `elementwise.rotated`. The result lies in memory as the
+    projection's output does and packed attention wants it."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return rotated(states, cos, sin)
+        return elementwise.rotated(states, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return rotated(grad, cos, -sin), None, None
+        return elementwise.rotated(grad, cos, sin, back=True), None, None
 
 
 class GatedMLP(torch.autograd.Function):
@@ -133,18 +126,16 @@ class GatedMLP(torch.autograd.Function):
             gated = linear(states, gate_copy)
             opened = linear(states, up_copy)
             ctx.save_for_backward(states, gated, opened, *copies)
-            return linear(functional.silu(gated).mul_(opened), down_copy)
+            return linear(elementwise.gated(gated, opened), down_copy)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         states, gated, opened, gate, up, down = ctx.saved_tensors
         gate_weight, up_weight, down_weight = ctx.weights
         needed = ctx.needs_input_grad
-        active = functional.silu(gated)
-        d_product = linear(grad, down.T)
-        d_down = _weight_gradient(down_weight, grad, active * opened) if needed[3] else None
-        d_opened = active.mul_(d_product)
-        d_gated = torch.ops.aten.silu_backward(d_product.mul_(opened), gated)
+        d_gated, d_opened, product = elementwise.gated_backward(linear(grad, down.T), gated, opened)
+        d_down = _weight_gradient(down_weight, grad, product) if needed[3] else None
+        del product
         d_states = None
         if needed[0]:
             d_states = _sum_of_products(d_gated, gate.T, d_opened, up.T)
@@ -157,22 +148,6 @@ class GatedMLP(torch.autograd.Function):
             None,
             None,
         )
-
-
-def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What `Rotation` gives."""
-    rows = states.transpose(1, 2).float()
-    half = rows.shape[-1] // 2
-    sin = sin[..., None, :half]
-    found = rows * cos.unsqueeze(2)
-    found[..., :half].addcmul_(rows[..., half:], sin, value=-1)
-    found[..., half:].addcmul_(rows[..., :half], sin)
-    return found.to(states.dtype).transpose(1, 2)
-
-
-def _inverse_norm(states: Tensor, epsilon: float) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
-    return norm.square_().div_(states.shape[-1]).add_(epsilon).rsqrt_()
 
 
 def _rows(states: Tensor) -> Tensor:

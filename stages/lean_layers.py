@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from stages import layer_functions
+from stages.core.elementwise import rotated
 
 _WEIGHTS = "_posttrain_held_weights"
 _ROTATION = "apply_rotary_pos_emb"
@@ -164,12 +165,17 @@ def _is_rms_norm(module: nn.Module) -> bool:
 
 def _is_gated_mlp(module: nn.Module) -> bool:
     maps = _gated_maps(module)
-    if maps is None or not isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
+    if maps is None or not is_silu(getattr(module, "act_fn", None)):
         return False
     gate, up, down = maps
     probe = _probe(gate, gate.shape[1])
     own = (functional.silu(probe @ gate.T) * (probe @ up.T)) @ down.T
     return _agree(module(probe), own)
+
+
+def is_silu(activation: Any) -> bool:
+    """Whether an activation is x * sigmoid(x)."""
+    return isinstance(activation, nn.SiLU | SiLUActivation)
 
 
 def _gated_maps(module: nn.Module) -> list[Tensor] | None:
@@ -196,7 +202,7 @@ def _use_rotation(file: ModuleType) -> None:
         found = theirs(q, k, cos, sin)
     except (TypeError, ValueError, RuntimeError):
         return
-    ours = [layer_functions.rotated(one, cos, sin) for one in (q, k)]
+    ours = [rotated(one, cos, sin) for one in (q, k)]
     if all(_agree(a, b) for a, b in zip(found, ours, strict=True)):
         setattr(file, _ROTATION, _rotation(theirs))
 

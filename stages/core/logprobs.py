@@ -7,7 +7,7 @@ is the caller's. Targets at masked positions must still be ids in [0, _V). Natur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stages.core import kernels
 from stages.core.gradients import gradient
 from stages.core.masks import upcast
 from stages.core.products import linear
@@ -92,26 +93,11 @@ def weighted_logprob_sum(
 
 
 @dataclass(frozen=True)
-class _Softmax:
-    """Of some rows of logits: exponentials [rows, _V] over their total [rows], which is at least 1.
+class _Partition:
+    """Of rows of tempered logits: the greatest, and the sum of exponentials of what is below it."""
 
-    shifted, [rows, _V], are the logits less the greatest of their row.
-    """
-
-    rows: slice
-    shifted: Tensor
-    exponentials: Tensor
+    greatest: Tensor
     total: Tensor
-
-    def logprobs_and_entropy(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of each target, and the entropy, [rows] each. May overwrite shifted."""
-        log_total = self.total.log()
-        logprobs = _gather(self.shifted, targets) - log_total
-        products = torch.linalg.vecdot(self.exponentials, self.shifted)
-        if products.isnan().any():  # a banned token adds 0, not 0 * -inf
-            self.shifted.clamp_(min=torch.finfo(self.shifted.dtype).min)
-            products = torch.linalg.vecdot(self.exponentials, self.shifted)
-        return logprobs, log_total - products / self.total
 
 
 class _Head:
@@ -132,25 +118,55 @@ class _Head:
         """Which tokens go through the product together."""
         return _slices(num_tokens, self.chunk_size)
 
-    def softmaxes(self, logits: Tensor) -> Iterator[_Softmax]:
-        """Of tempered logits [chunk, _V], some rows at a time.
-
-        On a processor as many as its cache holds, so that what is done to them next finds them
-        there.
-        """
-        size = max(_CACHED_ELEMENTS // logits.shape[1], 1)
-        for rows in _slices(len(logits), size if logits.device.type == "cpu" else len(logits)):
-            shifted = logits[rows].to(upcast(logits.new_empty(0)).dtype, copy=True)
-            if self.temperature != 1:
-                shifted.div_(self.temperature)
-            shifted.sub_(shifted.amax(dim=-1, keepdim=True))
-            exponentials = shifted.exp()
-            yield _Softmax(rows, shifted, exponentials, exponentials.sum(dim=-1))
-
     def num_kept(self, num_tokens: int, vocab_size: int) -> int:
         """Of how many chunks, the last ones, logits wait for the backward pass."""
         chunk = max(min(self.chunk_size, num_tokens), 1) * vocab_size
         return KEPT_ELEMENTS // chunk if self._wants_gradient else 0
+
+    def logprobs(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, _Partition]:
+        """Log-probability of each target, and the entropy, [chunk] each, of logits [chunk, _V]."""
+        if kernels.serve(logits):
+            *found, greatest, total = kernels.token_logprobs(logits, targets, self.temperature)
+            return found[0], found[1], _Partition(greatest, total)
+        parts = [self._block(logits[rows], targets[rows]) for rows in _blocks(logits)]
+        logprobs, entropy, greatest, total = (torch.cat(some) for some in zip(*parts, strict=True))
+        return logprobs, entropy, _Partition(greatest, total)
+
+    def to_gradient_(
+        self, logits: Tensor, targets: Tensor, partition: _Partition, upstream: Tensor
+    ) -> Tensor:
+        """d logprob / d logit = (onehot - softmax) / temperature, times upstream [chunk]: written
+        over logits [chunk, _V]."""
+        greatest, total = partition.greatest, partition.total
+        if kernels.serve(logits):
+            return kernels.token_logprobs_backward_(
+                logits, targets, self.temperature, greatest, total, upstream
+            )
+        scaled = upstream / self.temperature
+        for rows in _blocks(logits):
+            d_logits = self._tempered(logits[rows]).sub_(greatest[rows, None]).exp_()
+            d_logits.mul_(-(scaled[rows] / total[rows])[:, None])
+            d_logits.scatter_add_(1, targets[rows, None], scaled[rows, None])
+            logits[rows] = d_logits
+        return logits
+
+    def _block(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        shifted = self._tempered(logits)
+        greatest = shifted.amax(dim=-1)
+        shifted.sub_(greatest[:, None])
+        exponentials = shifted.exp()
+        total = exponentials.sum(dim=-1)
+        log_total = total.log()
+        logprobs = _gather(shifted, targets) - log_total
+        products = torch.linalg.vecdot(exponentials, shifted)
+        if products.isnan().any():  # a banned token adds 0, not 0 * -inf
+            shifted.clamp_(min=torch.finfo(shifted.dtype).min)
+            products = torch.linalg.vecdot(exponentials, shifted)
+        return logprobs, log_total - products / total, greatest, total
+
+    def _tempered(self, logits: Tensor) -> Tensor:
+        tempered = logits.to(upcast(logits.new_empty(0)).dtype, copy=True)
+        return tempered if self.temperature == 1 else tempered.div_(self.temperature)
 
 
 class _Gradients:
@@ -175,22 +191,10 @@ class _Gradients:
         if bias is not None and needed[2]:
             self.bias = torch.zeros_like(bias, dtype=self._wide)
 
-    def to_logits(
-        self, softmax: _Softmax, targets: Tensor, upstream: Tensor, temperature: float
-    ) -> Tensor:
-        """d logprob / d logit = (onehot - softmax) / temperature, times upstream, [rows, _V].
-
-        Overwrites the exponentials.
-        """
-        scaled = upstream / temperature
-        d_logits = softmax.exponentials.mul_(-(scaled / softmax.total)[:, None])
-        d_logits.scatter_add_(1, targets[:, None], scaled[:, None])
-        if self.bias is not None:
-            self.bias += d_logits.sum(0)
-        return d_logits
-
     def add(self, chunk: slice, d_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Through the product, for a chunk's d_logits [chunk, _V]."""
+        if self.bias is not None:
+            self.bias += d_logits.sum(0, dtype=self._wide)
         if self.hidden is not None:
             self.hidden[chunk] = linear(d_logits, weight.T)
         if not self._needs_weight:
@@ -214,15 +218,15 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.head = head
         ctx.kept = {}
         product_weight = weight.to(hidden.dtype)
-        found: list[tuple[Tensor, Tensor]] = []
+        found: list[tuple[Tensor, Tensor, _Partition]] = []
         chunks = head.chunks(len(hidden))
         first_kept = len(chunks) - head.num_kept(len(hidden), len(weight))
         for number, chunk in enumerate(chunks):
             logits = _product(hidden[chunk], product_weight, bias)
             if number >= first_kept:
                 ctx.kept[number] = logits
-            for softmax in head.softmaxes(logits):
-                found.append(softmax.logprobs_and_entropy(targets[chunk][softmax.rows]))
+            found.append(head.logprobs(logits, targets[chunk]))
+        ctx.partitions = [partition for _, _, partition in found]
         logprobs, entropy = _joined(found, hidden)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -238,12 +242,9 @@ class _TokenLogprobs(torch.autograd.Function):
             logits = ctx.kept.pop(number, None)
             if logits is None:
                 logits = _product(hidden[chunk], product_weight, bias)
-            for softmax in head.softmaxes(logits):
-                rows = softmax.rows
-                logits[rows] = gradients.to_logits(
-                    softmax, targets[chunk][rows], upstream[chunk][rows], head.temperature
-                )
-            gradients.add(chunk, logits, hidden[chunk], product_weight)
+            partition = ctx.partitions[number]
+            d_logits = head.to_gradient_(logits, targets[chunk], partition, upstream[chunk])
+            gradients.add(chunk, d_logits, hidden[chunk], product_weight)
         d_weight = gradients.weight if total is None else None
         return gradients.hidden, d_weight, gradients.bias, None, None
 
@@ -261,17 +262,12 @@ class _WeightedSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         product_weight = weight.to(hidden.dtype)
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        found: list[tuple[Tensor, Tensor]] = []
+        found: list[tuple[Tensor, Tensor, _Partition]] = []
         for chunk in head.chunks(len(hidden)):
             logits = _product(hidden[chunk], product_weight, bias)
-            for softmax in head.softmaxes(logits):
-                rows = softmax.rows
-                own = targets[chunk][rows]
-                found.append(softmax.logprobs_and_entropy(own))
-                logits[rows] = gradients.to_logits(
-                    softmax, own, token_weights[chunk][rows], head.temperature
-                )
-            gradients.add(chunk, logits, hidden[chunk], product_weight)
+            found.append(head.logprobs(logits, targets[chunk]))
+            d_logits = head.to_gradient_(logits, targets[chunk], found[-1][2], token_weights[chunk])
+            gradients.add(chunk, d_logits, hidden[chunk], product_weight)
         ctx.gradients = gradients
         logprobs, entropy = _joined(found, hidden)
         ctx.mark_non_differentiable(logprobs, entropy)
@@ -303,11 +299,20 @@ def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _joined(parts: Sequence[tuple[Tensor, Tensor]], hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _blocks(logits: Tensor) -> list[slice]:
+    """On a processor as many rows as its cache holds, so that the next pass over them finds them
+    there."""
+    size = max(_CACHED_ELEMENTS // logits.shape[1], 1)
+    return _slices(len(logits), size if logits.device.type == "cpu" else len(logits))
+
+
+def _joined(
+    parts: Sequence[tuple[Tensor, Tensor, _Partition]], hidden: Tensor
+) -> tuple[Tensor, Tensor]:
     if not parts:
         nothing = upcast(hidden.new_zeros(0))
         return nothing, nothing.clone()
-    logprobs, entropy = zip(*parts, strict=True)
+    logprobs, entropy, _ = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropy)
 
 

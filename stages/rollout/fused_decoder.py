@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from stages import attention as packed
+from stages.core import elementwise
+from stages.lean_layers import is_silu
 from stages.rollout.products import LinearMap, Product, is_linear_map
 
 _BACKBONE = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -41,18 +43,16 @@ class _Norm:
     """x / sqrt(mean x^2 + epsilon) * weight (Zhang and Sennrich 2019, eq. 4), in float32."""
 
     weight: Tensor
-    epsilon: Tensor
+    epsilon: float
     dtype: torch.dtype
 
     @classmethod
     def of(cls, module: Any, dtype: torch.dtype, weight: Tensor | None = None) -> _Norm:
         weight = module.weight.detach() if weight is None else weight
-        return cls(weight, weight.new_tensor(module.variance_epsilon), dtype)
+        return cls(weight, module.variance_epsilon, dtype)
 
     def __call__(self, states: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.addcmul(self.epsilon, norm, norm, value=1 / states.shape[-1]).rsqrt_()
-        return (states * scale).mul_(self.weight).to(self.dtype)
+        return elementwise.rms_norm(states.float(), self.weight, self.epsilon, self.dtype)[0]
 
 
 class _Layer:
@@ -97,7 +97,7 @@ class _Layer:
         """Add to states [_T, hidden] what attention has mixed, and then what the MLP makes."""
         states += self._output(mixed)
         gate, up = self._gate_and_up(self._norms[1](states)).chunk(2, dim=-1)
-        states += self._down(self._activation(gate).mul_(up))
+        states += self._down(_opened(self._activation, gate, up))
 
 
 class FusedDecoder:
@@ -131,6 +131,13 @@ class FusedDecoder:
         """Of the tokens after those of states."""
         found: Tensor = self._head(self._norm(states))
         return found
+
+
+def _opened(activation: Any, gate: Tensor, up: Tensor) -> Tensor:
+    if is_silu(activation):
+        return elementwise.gated(gate, up)
+    found: Tensor = activation(gate).mul_(up)
+    return found
 
 
 def _paired(values: Tensor, dim: int) -> Tensor:

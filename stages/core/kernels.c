@@ -1,0 +1,458 @@
+/* Parts of a layer that torch computes by several passes over memory, in one each.
+ *
+ * Tensors are contiguous, rows after rows, in float32 or bfloat16 (`format` 0 or 1); sums are in
+ * float32. A result does not depend on the number of threads, nor on other rows. Built once for
+ * each instruction set that `stages.core.kernels` chooses from; vectors are those of GCC and Clang.
+ */
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Of the functions and their arguments; `stages.core.kernels` calls no other. */
+const int interface_version = 1;
+
+#define INLINE static inline __attribute__((always_inline))
+/* Rows are divided among threads; which thread has which changes nothing. */
+#define ROWS _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
+
+/* Numbers of a vector: GCC takes wider ones than the processor's apart number by number. */
+#if defined(WIDTH)
+#elif defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX2__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+
+enum { SUMMED = 4096, /* numbers that are added up in float32; sums of these, in double */
+       ROWS_OF_A_SUM = 64 };
+
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+
+INLINE Floats all(float value)
+{
+    return (Floats){} + value;
+}
+
+/* Where a mask is set (all bits of a number), one; elsewhere the other. */
+INLINE Floats chosen(Integers mask, Floats one, Floats other)
+{
+    return (Floats)(((Integers)one & mask) | ((Integers)other & ~mask));
+}
+
+INLINE Floats greater(Floats one, Floats other)
+{
+    return chosen(one > other, one, other);
+}
+
+INLINE void *at(const void *row, int format, long index)
+{
+    return (char *)row + index * (format ? 2 : 4);
+}
+
+/* `count` numbers from `index` on, and 0 behind them. */
+INLINE Floats load(const void *row, int format, long index, long count)
+{
+    if (!format) {
+        Floats found = {};
+        memcpy(&found, at(row, 0, index), 4 * (size_t)count);
+        return found;
+    }
+    Halves found = {};
+    memcpy(&found, at(row, 1, index), 2 * (size_t)count);
+    return (Floats)(__builtin_convertvector(found, Words) << 16);
+}
+
+/* bfloat16 is the nearest, and of two the even one; NaN stays NaN. */
+INLINE void store(void *row, int format, long index, long count, Floats values)
+{
+    if (!format) {
+        memcpy(at(row, 0, index), &values, 4 * (size_t)count);
+        return;
+    }
+    Words bits = (Words)values;
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    bits |= (Words)(values != values) & 0x7fc0;
+    Halves found = __builtin_convertvector(bits, Halves);
+    memcpy(at(row, 1, index), &found, 2 * (size_t)count);
+}
+
+/* Run for vectors from `first` to before `last`: i is where one begins, n how many numbers it has.
+ * The last has its own copy of the code, so that all others have a constant length. */
+#define VECTORS(first, last, ...)                                                                  \
+    do {                                                                                           \
+        long i = first;                                                                            \
+        for (; i + WIDTH <= last; i += WIDTH) {                                                    \
+            const long n = WIDTH;                                                                  \
+            __VA_ARGS__                                                                            \
+        }                                                                                          \
+        if (i < last) {                                                                            \
+            const long n = last - i;                                                               \
+            __VA_ARGS__                                                                            \
+        }                                                                                          \
+    } while (0)
+
+INLINE float sum_of(Floats values)
+{
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int i = 0; i < half; i++)
+            values[i] += values[i + half];
+    return values[0];
+}
+
+INLINE float greatest_of(Floats values)
+{
+    float found = values[0];
+    for (int i = 1; i < WIDTH; i++)
+        found = values[i] > found ? values[i] : found;
+    return found;
+}
+
+/* The first n numbers of a vector; `other` behind them. */
+INLINE Floats first_of(Floats values, long n, Floats other)
+{
+    Integers places;
+    for (int i = 0; i < WIDTH; i++)
+        places[i] = i;
+    return n >= WIDTH ? values : chosen(places < (int32_t)n, values, other);
+}
+
+/* e^x to 2 units of the last place; 0 below -87.3, where it is no normal number, e^88 above 88.
+ * 2^n e^f with |f| <= log(2) / 2; the polynomial is that of Cephes (Moshier), expf.c. */
+INLINE Floats exponential(Floats x)
+{
+    const float round = 12582912.f; /* 1.5 * 2^23: adding it leaves an integer in the last bits */
+    Integers tiny = x < -87.3f;
+    x = chosen(tiny, all(-87.3f), x);
+    x = chosen(x > 88.f, all(88.f), x);
+    Floats shifted = x * 1.44269504088896341f + round;
+    Floats whole = shifted - round;
+    Floats f = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Floats p = f * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.f;
+    Floats power = (Floats)(((Integers)shifted - 0x4b400000 + 127) << 23);
+    return (Floats)((Integers)(p * power) & ~tiny);
+}
+
+INLINE Floats sigmoid(Floats x)
+{
+    return 1.f / (1.f + exponential(-x));
+}
+
+/* scale = 1 / sqrt(mean x^2 + epsilon), result = x * scale * weight. */
+INLINE float rms_norm_row(long size, const float *x, const float *weight, float epsilon, void *y,
+                          int format)
+{
+    Floats squares = {};
+    VECTORS(0, size, {
+        Floats some = load(x, 0, i, n);
+        squares += some * some;
+    });
+    float scale = 1.f / sqrtf(sum_of(squares) / (float)size + epsilon);
+    VECTORS(0, size, {
+        store(y, format, i, n, load(x, 0, i, n) * scale * load(weight, 0, i, n));
+    });
+    return scale;
+}
+
+void rms_norm(long rows, long size, const float *states, const float *weight, float epsilon,
+              void *result, int format, float *scales, int threads)
+{
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        const float *x = states + row * size;
+        void *y = at(result, format, row * size);
+        scales[row] = format ? rms_norm_row(size, x, weight, epsilon, y, 1)
+                             : rms_norm_row(size, x, weight, epsilon, y, 0);
+    }
+}
+
+/* kept times inverse, or times the row's scale where inverse is NULL, is the normalised x. The
+ * gradient of the weight is added to d_weight. */
+INLINE void rms_norm_backward_row(long size, const void *kept, int kept_format,
+                                  const float *inverse, const float *weight, float scale,
+                                  const void *grad, int format, float *d_states, float *d_weight)
+{
+    Floats sum = {};
+    VECTORS(0, size, {
+        Floats normed = load(kept, kept_format, i, n) *
+                        (inverse ? load(inverse, 0, i, n) : all(scale));
+        Floats product = normed * load(grad, format, i, n);
+        store(d_weight, 0, i, n, load(d_weight, 0, i, n) + product);
+        sum += product * load(weight, 0, i, n);
+    });
+    float along = sum_of(sum) / (float)-size;
+    VECTORS(0, size, {
+        Floats normed = load(kept, kept_format, i, n) *
+                        (inverse ? load(inverse, 0, i, n) : all(scale));
+        Floats above = load(grad, format, i, n) * load(weight, 0, i, n);
+        store(d_states, 0, i, n, (above + normed * along) * scale);
+    });
+}
+
+/* d_weight is [ceil(rows / 64), size]: the sum over each 64 rows. */
+void rms_norm_backward(long rows, long size, const void *kept, int kept_format,
+                       const float *inverse, const float *weight, const float *scales,
+                       const void *grad, int format, float *d_states, float *d_weight, int threads)
+{
+    memset(d_weight, 0,
+           (size_t)((rows + ROWS_OF_A_SUM - 1) / ROWS_OF_A_SUM * size) * sizeof(float));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long first = 0; first < rows; first += ROWS_OF_A_SUM) {
+        float *sum = d_weight + first / ROWS_OF_A_SUM * size;
+        for (long row = first; row < rows && row < first + ROWS_OF_A_SUM; row++) {
+            const void *k = at(kept, kept_format, row * size);
+            const void *g = at(grad, format, row * size);
+            float *d = d_states + row * size;
+            if (!inverse && format)
+                rms_norm_backward_row(size, k, 0, NULL, weight, scales[row], g, 1, d, sum);
+            else if (!inverse)
+                rms_norm_backward_row(size, k, 0, NULL, weight, scales[row], g, 0, d, sum);
+            else if (format)
+                rms_norm_backward_row(size, k, 1, inverse, weight, scales[row], g, 1, d, sum);
+            else
+                rms_norm_backward_row(size, k, 0, inverse, weight, scales[row], g, 0, d, sum);
+        }
+    }
+}
+
+/* silu(gate) * up. */
+INLINE void gated_row(long size, const void *gate, const void *up, void *result, int format)
+{
+    VECTORS(0, size, {
+        Floats x = load(gate, format, i, n);
+        store(result, format, i, n, x * sigmoid(x) * load(up, format, i, n));
+    });
+}
+
+/* Rows of gate and up lie `stride` apart, those of the result one after the other. */
+void gated(long rows, long size, long stride, const void *gate, const void *up, void *result,
+           int format, int threads)
+{
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        const void *g = at(gate, format, row * stride), *u = at(up, format, row * stride);
+        void *y = at(result, format, row * size);
+        format ? gated_row(size, g, u, y, 1) : gated_row(size, g, u, y, 0);
+    }
+}
+
+/* Overwrites grad with the gradient of gate, and writes that of up and the product itself. */
+INLINE void gated_backward_row(long size, void *grad, const void *gate, const void *up, void *d_up,
+                               void *product, int format)
+{
+    VECTORS(0, size, {
+        Floats x = load(gate, format, i, n), opened = load(up, format, i, n);
+        Floats above = load(grad, format, i, n);
+        Floats open = sigmoid(x), active = x * open;
+        store(product, format, i, n, active * opened);
+        store(d_up, format, i, n, active * above);
+        store(grad, format, i, n, above * opened * open * (1.f + x * (1.f - open)));
+    });
+}
+
+void gated_backward(long rows, long size, void *grad, const void *gate, const void *up, void *d_up,
+                    void *product, int format, int threads)
+{
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        const void *g = at(gate, format, row * size), *u = at(up, format, row * size);
+        void *d = at(grad, format, row * size), *d_u = at(d_up, format, row * size);
+        void *y = at(product, format, row * size);
+        format ? gated_backward_row(size, d, g, u, d_u, y, 1)
+               : gated_backward_row(size, d, g, u, d_u, y, 0);
+    }
+}
+
+/* (l, r) -> (l cos - r sin, r cos + l sin) for the halves l and r of the dimensions of some heads,
+ * by `half` numbers of cos and sin; sign -1 turns back. */
+INLINE void rotate_heads(long heads, long half, const void *states, const float *cos,
+                         const float *sin, float sign, void *result, int format)
+{
+    for (long head = 0; head < heads; head++) {
+        const void *x = at(states, format, head * 2 * half);
+        void *y = at(result, format, head * 2 * half);
+        VECTORS(0, half, {
+            Floats left = load(x, format, i, n), right = load(x, format, half + i, n);
+            Floats c = load(cos, 0, i, n), s = load(sin, 0, i, n) * sign;
+            store(y, format, i, n, left * c - right * s);
+            store(y, format, half + i, n, right * c + left * s);
+        });
+    }
+}
+
+/* cos and sin are [tokens, dim], of which the first halves are read. */
+void rotate(long tokens, long heads, long dim, const void *states, const float *cos,
+            const float *sin, float sign, void *result, int format, int threads)
+{
+    ROWS
+    for (long token = 0; token < tokens; token++) {
+        const void *x = at(states, format, token * heads * dim);
+        const float *c = cos + token * dim, *s = sin + token * dim;
+        void *y = at(result, format, token * heads * dim);
+        /* Small heads are all rest: of a constant length it is a few instructions, not a loop. */
+        if (format)
+            dim == 8    ? rotate_heads(heads, 4, x, c, s, sign, y, 1)
+            : dim == 16 ? rotate_heads(heads, 8, x, c, s, sign, y, 1)
+                        : rotate_heads(heads, dim / 2, x, c, s, sign, y, 1);
+        else
+            dim == 8    ? rotate_heads(heads, 4, x, c, s, sign, y, 0)
+            : dim == 16 ? rotate_heads(heads, 8, x, c, s, sign, y, 0)
+                        : rotate_heads(heads, dim / 2, x, c, s, sign, y, 0);
+    }
+}
+
+/* Columns that are worked through for the first `seen` of them: whole vectors, where the row has
+ * room. */
+INLINE long padded(long seen, long columns)
+{
+    long whole = (seen + WIDTH - 1) / WIDTH * WIDTH;
+    return whole < columns ? whole : columns;
+}
+
+/* Overwrites scores with the softmax of the first `seen`, and 0; work holds as many numbers. */
+INLINE void softmax_row(long columns, long seen, void *scores, int format, float *work)
+{
+    long end = padded(seen, columns);
+    Floats greatest = all(-INFINITY), total = {};
+    VECTORS(0, end, {
+        greatest = greater(first_of(load(scores, format, i, n), seen - i, greatest), greatest);
+    });
+    greatest = all(greatest_of(greatest));
+    VECTORS(0, end, {
+        Floats some = exponential(load(scores, format, i, n) - greatest);
+        some = first_of(some, seen - i, all(0.f));
+        store(work, 0, i, n, some);
+        total += some;
+    });
+    Floats factor = all(1.f / sum_of(total));
+    VECTORS(0, end, { store(scores, format, i, n, load(work, 0, i, n) * factor); });
+    memset(at(scores, format, end), 0, (size_t)(columns - end) * (format ? 2 : 4));
+}
+
+/* Row j of a chunk sees all of its columns but the last chunk - j - 1: there the softmax is 0. Work
+ * holds a row for each thread. */
+void causal_softmax(long rows, long columns, long chunk, void *scores, int format, float *work,
+                    int threads)
+{
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        void *x = at(scores, format, row * columns);
+        float *own = work + omp_get_thread_num() * columns;
+        long seen = columns - chunk + row % chunk + 1;
+        format ? softmax_row(columns, seen, x, 1, own) : softmax_row(columns, seen, x, 0, own);
+    }
+}
+
+/* Overwrites grad, that of the weights, with that of the scores: 0 where the weights are. */
+INLINE void softmax_backward_row(long columns, long seen, const void *weights, void *grad,
+                                 int format)
+{
+    long end = padded(seen, columns);
+    Floats sum = {};
+    VECTORS(0, end, { sum += load(weights, format, i, n) * load(grad, format, i, n); });
+    Floats mean = all(sum_of(sum));
+    VECTORS(0, end, {
+        Floats above = load(grad, format, i, n) - mean;
+        store(grad, format, i, n, load(weights, format, i, n) * above);
+    });
+    memset(at(grad, format, end), 0, (size_t)(columns - end) * (format ? 2 : 4));
+}
+
+void causal_softmax_backward(long rows, long columns, long chunk, const void *weights, void *grad,
+                             int format, int threads)
+{
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        const void *w = at(weights, format, row * columns);
+        void *d = at(grad, format, row * columns);
+        long seen = columns - chunk + row % chunk + 1;
+        format ? softmax_backward_row(columns, seen, w, d, 1)
+               : softmax_backward_row(columns, seen, w, d, 0);
+    }
+}
+
+/* Of x, logits over the temperature: the greatest, the sum of exp(x - greatest), and the sum of
+ * these times x - greatest, to which a logit of -inf adds nothing. */
+INLINE void partition_row(long size, const void *logits, int format, float inverse, float *most,
+                          double *total, double *product)
+{
+    Floats greatest = all(-INFINITY);
+    VECTORS(0, size, {
+        greatest = greater(first_of(load(logits, format, i, n), n, greatest), greatest);
+    });
+    *most = greatest_of(greatest) * inverse;
+    greatest = all(*most);
+    *total = *product = 0.;
+    for (long first = 0; first < size; first += SUMMED) {
+        long last = first + SUMMED < size ? first + SUMMED : size;
+        Floats sum = {}, along = {};
+        VECTORS(first, last, {
+            Floats shifted = load(logits, format, i, n) * inverse - greatest;
+            Floats some = first_of(exponential(shifted), n, all(0.f));
+            sum += some;
+            along += chosen(some == 0.f, all(0.f), some * shifted);
+        });
+        *total += sum_of(sum);
+        *product += sum_of(along);
+    }
+}
+
+void token_logprobs(long rows, long size, const void *logits, int format, const int64_t *targets,
+                    float temperature, float *greatest, float *totals, float *logprobs,
+                    float *entropies, int threads)
+{
+    float inverse = 1.f / temperature;
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        const void *x = at(logits, format, row * size);
+        double total, product;
+        if (format)
+            partition_row(size, x, 1, inverse, greatest + row, &total, &product);
+        else
+            partition_row(size, x, 0, inverse, greatest + row, &total, &product);
+        float log_total = (float)log(total), target = load(x, format, targets[row], 1)[0] * inverse;
+        totals[row] = (float)total;
+        logprobs[row] = target - greatest[row] - log_total;
+        entropies[row] = log_total - (float)(product / total);
+    }
+}
+
+/* Overwrites logits with (onehot - softmax) / temperature, times upstream. */
+INLINE void logits_backward_row(long size, void *logits, int format, long target, float inverse,
+                                float most, float total, float upstream)
+{
+    float scaled = upstream * inverse, factor = scaled / total;
+    Floats of_target = exponential(load(logits, format, target, 1) * inverse - most);
+    VECTORS(0, size, {
+        Floats some = exponential(load(logits, format, i, n) * inverse - most);
+        store(logits, format, i, n, some * -factor);
+    });
+    store(logits, format, target, 1, scaled - of_target * factor);
+}
+
+void token_logprobs_backward(long rows, long size, void *logits, int format, const int64_t *targets,
+                             float temperature, const float *greatest, const float *totals,
+                             const float *upstream, int threads)
+{
+    float inverse = 1.f / temperature;
+    ROWS
+    for (long row = 0; row < rows; row++) {
+        void *x = at(logits, format, row * size);
+        if (format)
+            logits_backward_row(size, x, 1, targets[row], inverse, greatest[row], totals[row],
+                                upstream[row]);
+        else
+            logits_backward_row(size, x, 0, targets[row], inverse, greatest[row], totals[row],
+                                upstream[row]);
+    }
+}

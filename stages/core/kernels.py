@@ -1,0 +1,239 @@
+"""The functions of `kernels.c` for tensors: one pass over memory where torch makes several.
+
+For contiguous tensors on processors, in float32 and bfloat16. They are compiled when the project is
+installed; where no compiler was there, or for other tensors, `serve` says no and torch's own
+operations do the same. Nothing here has a gradient: autograd functions call it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+# Of what `torch.backends.cpu.get_cpu_capability` names; other processors have the plain build.
+_BUILDS = {"AVX512": "_kernels_x86_64_v4", "AVX2": "_kernels_x86_64_v3"}
+# What kernels.c says: files that an earlier installation has built may be around.
+_INTERFACE_VERSION = 1
+# Elements a thread, as in torch: below, waking another one takes longer.
+_LEAST_ELEMENTS = 2**15
+_ROWS_OF_A_SUM = 64
+
+_LONG, _FLOAT, _POINTER = ctypes.c_long, ctypes.c_float, ctypes.c_void_p
+_KINDS = {"l": _LONG, "f": _FLOAT, "p": _POINTER, "i": ctypes.c_int}
+# Arguments in order: long, float, pointer, int.
+_SIGNATURES = {
+    "rms_norm": "llppfpipi",
+    "rms_norm_backward": "llpippppippi",
+    "gated": "lllpppii",
+    "gated_backward": "llpppppii",
+    "rotate": "lllpppfpii",
+    "causal_softmax": "lllpipi",
+    "causal_softmax_backward": "lllppii",
+    "token_logprobs": "llpipfppppi",
+    "token_logprobs_backward": "llpipfpppi",
+}
+
+
+def serve(*tensors: Tensor) -> bool:
+    """Whether these tensors, of one format, can be given to the functions below."""
+    if not _functions():
+        return False
+    dtype = tensors[0].dtype
+    return dtype in FORMATS and all(one.dtype == dtype and one.is_cpu for one in tensors)
+
+
+def rms_norm(
+    states: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x / sqrt(mean x^2 + epsilon) * weight [size], and 1 / sqrt(...) of each row.
+
+    states [..., size] and weight are float32; gives [..., size] in dtype, and [..., 1].
+    """
+    states = states.contiguous()
+    result = torch.empty_like(states, dtype=dtype)
+    scales = states.new_empty(*states.shape[:-1], 1)
+    rows, size = scales.numel(), states.shape[-1]
+    _call(
+        "rms_norm", states.numel(), rows, size, states, weight.contiguous(), epsilon, result,
+        FORMATS[dtype], scales,
+    )  # fmt: skip
+    return result, scales
+
+
+def rms_norm_backward(
+    kept: Tensor, inverse: Tensor | None, weight: Tensor, scales: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `rms_norm`'s states, float32 [..., size], and weight [size].
+
+    kept is the result, and inverse 1 / weight; or kept is the states, and inverse None.
+    """
+    grad = grad.contiguous()
+    if kept.dtype == torch.bfloat16 and grad.dtype == torch.float32:
+        kept = kept.float()
+    d_states = torch.empty_like(grad, dtype=torch.float32)
+    rows, size = scales.numel(), grad.shape[-1]
+    d_weight = scales.new_empty(-(-rows // _ROWS_OF_A_SUM), size)
+    _call(
+        "rms_norm_backward", grad.numel(), rows, size, kept.contiguous(), FORMATS[kept.dtype],
+        inverse, weight.contiguous(), scales, grad, FORMATS[grad.dtype], d_states, d_weight,
+    )  # fmt: skip
+    return d_states, d_weight.sum(0)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [..., size]. Both may be halves of rows [..., 2 * size]."""
+    size = gate.shape[-1]
+    stride = gate.stride(-2) if gate.dim() == 2 and gate.stride() == up.stride() else 0
+    if stride < size or gate.stride(-1) != 1:
+        gate, up, stride = gate.contiguous(), up.contiguous(), size
+    result = torch.empty(gate.shape, dtype=gate.dtype)
+    _call(
+        "gated", gate.numel(), gate.numel() // size, size, stride, gate, up, result,
+        FORMATS[gate.dtype],
+    )  # fmt: skip
+    return result
+
+
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gate and of up, and `gated`. The first takes grad's place."""
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    d_up, product = torch.empty_like(up), torch.empty_like(up)
+    size = gate.shape[-1]
+    _call(
+        "gated_backward", gate.numel(), gate.numel() // size, size, grad, gate, up, d_up, product,
+        FORMATS[gate.dtype],
+    )  # fmt: skip
+    return grad, d_up, product
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """states [tokens, heads, dim] turned by the angles of cos and sin [tokens, dim], or back.
+
+    The second halves of cos and sin are not read.
+    """
+    states = states.contiguous()
+    result = torch.empty_like(states)
+    tokens, heads, dim = states.shape
+    sign = -1.0 if back else 1.0
+    _call(
+        "rotate", states.numel(), tokens, heads, dim, states, cos.contiguous(), sin.contiguous(),
+        sign, result, FORMATS[states.dtype],
+    )  # fmt: skip
+    return result
+
+
+def causal_softmax_(scores: Tensor, chunk: int) -> Tensor:
+    """Overwrites scores [..., columns] with their softmax over what each row sees.
+
+    Rows are counted through, chunk by chunk; row j of a chunk sees all but the last chunk - j - 1
+    columns.
+    """
+    scores = scores.contiguous()
+    columns = scores.shape[-1]
+    work = torch.empty(_threads(scores.numel()), columns)
+    _call(
+        "causal_softmax", scores.numel(), scores.numel() // columns, columns, chunk, scores,
+        FORMATS[scores.dtype], work,
+    )  # fmt: skip
+    return scores
+
+
+def causal_softmax_backward_(weights: Tensor, grad: Tensor, chunk: int) -> Tensor:
+    """Overwrites grad, of the weights that `causal_softmax_` gave, with that of the scores."""
+    weights, grad = weights.contiguous(), grad.contiguous()
+    columns = grad.shape[-1]
+    _call(
+        "causal_softmax_backward", grad.numel(), grad.numel() // columns, columns, chunk, weights,
+        grad, FORMATS[grad.dtype],
+    )  # fmt: skip
+    return grad
+
+
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of logits [rows, size] over the temperature, in float32 [rows] each: log-probability of the
+    target, entropy, the greatest, and the sum of exponentials of what is below it.
+
+    Raises IndexError unless 0 <= targets < size.
+    """
+    rows, size = logits.shape
+    if rows and not 0 <= targets.min().item() <= targets.max().item() < size:
+        raise IndexError(f"a target is not one of {size} tokens")
+    logprobs, entropies, greatest, totals = torch.empty(4, rows)
+    _call(
+        "token_logprobs", logits.numel(), rows, size, logits.contiguous(), FORMATS[logits.dtype],
+        targets.contiguous(), temperature, greatest, totals, logprobs, entropies,
+    )  # fmt: skip
+    return logprobs, entropies, greatest, totals
+
+
+def token_logprobs_backward_(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    greatest: Tensor,
+    totals: Tensor,
+    upstream: Tensor,
+) -> Tensor:
+    """Overwrites logits with the gradient of sum(upstream [rows] * log-probabilities).
+
+    The other arguments are those of `token_logprobs`, and what it gave.
+    """
+    logits = logits.contiguous()
+    rows, size = logits.shape
+    _call(
+        "token_logprobs_backward", logits.numel(), rows, size, logits, FORMATS[logits.dtype],
+        targets.contiguous(), temperature, greatest, totals, upstream.float().contiguous(),
+    )  # fmt: skip
+    return logits
+
+
+def build() -> str:
+    """The name of the build for this processor."""
+    return _BUILDS.get(torch.backends.cpu.get_cpu_capability(), "_kernels")
+
+
+def _call(name: str, num_elements: int, *arguments: Any) -> None:
+    given = [one.data_ptr() if isinstance(one, Tensor) else one for one in arguments]
+    _functions()[name](*given, _threads(num_elements))
+
+
+def _threads(num_elements: int) -> int:
+    return min(torch.get_num_threads(), num_elements // _LEAST_ELEMENTS + 1)
+
+
+@cache
+def _functions() -> dict[str, Any]:
+    """By name; none where they cannot be used, and a line in the log says why."""
+    try:
+        library = _loaded(build())
+    except OSError as error:
+        logger.info("layers compute by torch's own operations, which takes longer: %s", error)
+        return {}
+    functions = {name: getattr(library, name) for name in _SIGNATURES}
+    for name, function in functions.items():
+        function.argtypes = [_KINDS[kind] for kind in _SIGNATURES[name]]
+        function.restype = None
+    return functions
+
+
+def _loaded(name: str) -> ctypes.CDLL:
+    """Raises OSError unless it is there and has the functions as this file knows them."""
+    remedy = "install the project again, where there is a C compiler"
+    spec = importlib.util.find_spec(f"{__package__}.{name}")
+    if spec is None or spec.origin is None:
+        raise OSError(f"{name} is not built: {remedy}")
+    library = ctypes.CDLL(spec.origin)
+    if ctypes.c_int.in_dll(library, "interface_version").value != _INTERFACE_VERSION:
+        raise OSError(f"{spec.origin} was built from other code: {remedy}")
+    return library
