@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from stages.core import elementwise
 from stages.core.gradients import added, gradient
-from stages.core.products import linear
+from stages.core.products import linear, weight_gradient
 
 
 class Embedding(torch.autograd.Function):
@@ -107,6 +107,21 @@ class Rotation(torch.autograd.Function):
         return elementwise.rotated(grad, cos, sin, back=True), None, None
 
 
+class Gate(torch.autograd.Function):
+    """silu(gate) * up, for maps that are no part of `GatedMLP`."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return elementwise.gated(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        # A copy: what is overwritten must be nobody else's.
+        d_gate, d_up, _ = elementwise.gated_backward(grad.clone(), *ctx.saved_tensors)
+        return d_gate, d_up
+
+
 class GatedMLP(torch.autograd.Function):
     """(silu(x gate') * x up') down' (Shazeer 2020, eq. 6); keeps x and what silu and the product
     take, and computes their results again."""
@@ -155,7 +170,7 @@ def _rows(states: Tensor) -> Tensor:
 
 
 def _weight_gradient(weight: Tensor, grad: Tensor, states: Tensor) -> Tensor | None:
-    return added(weight, linear(_rows(grad).T, _rows(states).T))
+    return added(weight, weight_gradient(_rows(grad), _rows(states)))
 
 
 def _sum_of_products(first: Tensor, weight: Tensor, second: Tensor, other: Tensor) -> Tensor:

@@ -267,9 +267,13 @@ def _rms_norm_forward(self: Any, states: Tensor) -> Tensor:
 
 def _gated_mlp_forward(self: Any, states: Tensor) -> Tensor:
     dtype, maps = _dtype(states), _gated_maps(self)
-    if dtype is None or maps is None:  # adapters may have come since
+    if dtype is None:
         plain: Tensor = type(self).forward(self, states)
         return plain
+    if maps is None:  # adapters have come since
+        gate, up = self.gate_proj(states), self.up_proj(states)
+        adapted: Tensor = self.down_proj(layer_functions.Gate.apply(gate, up))  # type: ignore[no-untyped-call]
+        return adapted
     weights: HeldWeights = getattr(self, _WEIGHTS)
     found: Tensor = layer_functions.GatedMLP.apply(  # type: ignore[no-untyped-call]
         states.to(dtype), *maps, *(weights.of(one, dtype) for one in maps)

@@ -51,7 +51,7 @@ def fitted_budget(
 
 
 def bytes_a_token(model: Critic) -> float:
-    """Memory that a backbone's forward pass takes for each token of a packed row, at its peak.
+    """Memory that a backbone's pass takes for each token of a packed row, at its peak.
 
     The difference between two rows of one sequence each: what does not grow falls out.
     """
@@ -69,8 +69,13 @@ def bytes_a_token(model: Critic) -> float:
 
 def _peak_bytes(model: Critic, length: int) -> int:
     batch = pack([[]], [[0] * length], device=model.device)
+    backbone = cast(PreTrainedModel, model.base_model)
     with torch.enable_grad(), _Alive() as alive:
-        hidden_states(model, batch)
+        hidden = hidden_states(model, batch)
+        if backbone.is_gradient_checkpointing:
+            # What a layer keeps is made on the way back. Of one weight: none has a gradient then.
+            trained = next(weight for weight in backbone.parameters() if weight.requires_grad)
+            torch.autograd.grad(hidden.sum(), trained)
         peak: int = alive.peak
     return peak
 

@@ -10,7 +10,7 @@
 #include <string.h>
 
 /* Of the functions and their arguments; `stages.core.kernels` calls no other. */
-const int interface_version = 1;
+const int interface_version = 2;
 
 #define INLINE static inline __attribute__((always_inline))
 /* Rows are divided among threads; which thread has which changes nothing. */
@@ -454,5 +454,60 @@ void token_logprobs_backward(long rows, long size, void *logits, int format, con
         else
             logits_backward_row(size, x, 0, targets[row], inverse, greatest[row], totals[row],
                                 upstream[row]);
+    }
+}
+
+typedef uint16_t Eight __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define SHUFFLED(one, other, ...) __builtin_shufflevector(one, other, __VA_ARGS__)
+#else
+#define SHUFFLED(one, other, ...) __builtin_shuffle(one, other, (Eight){__VA_ARGS__})
+#endif
+
+/* Interleaved with row i + 4, three times, row i and column j of 8 x 8 numbers change places. */
+INLINE void transpose_eight(const uint16_t *from, long stride, uint16_t *to, long to_stride)
+{
+    Eight rows[8], mixed[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        memcpy(rows + i, from + i * stride, sizeof *rows);
+#pragma GCC unroll 3
+    for (int round = 0; round < 3; round++) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            mixed[2 * i] = SHUFFLED(rows[i], rows[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+            mixed[2 * i + 1] = SHUFFLED(rows[i], rows[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++)
+            rows[i] = mixed[i];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        memcpy(to + i * to_stride, rows + i, sizeof *rows);
+}
+
+/* `result` [columns, rows] of bfloat16 [rows, columns], whose rows lie `stride` apart. A tile goes
+ * through a buffer: written to where it belongs, number by number, it would thrash the cache. */
+void transpose(long rows, long columns, long stride, const uint16_t *states, uint16_t *result,
+               int threads)
+{
+    enum { SIDE = 64 };
+    ROWS
+    for (long column = 0; column < columns; column += SIDE) {
+        long broad = columns - column < SIDE ? columns - column : SIDE;
+        for (long row = 0; row < rows; row += SIDE) {
+            long tall = rows - row < SIDE ? rows - row : SIDE;
+            const uint16_t *from = states + row * stride + column;
+            uint16_t tile[SIDE][SIDE];
+            for (long i = 0; i < tall / 8 * 8; i += 8)
+                for (long j = 0; j < broad / 8 * 8; j += 8)
+                    transpose_eight(from + i * stride + j, stride, &tile[j][i], SIDE);
+            for (long i = 0; i < tall; i++)
+                for (long j = i < tall / 8 * 8 ? broad / 8 * 8 : 0; j < broad; j++)
+                    tile[j][i] = from[i * stride + j];
+            for (long j = 0; j < broad; j++)
+                memcpy(result + (column + j) * rows + row, tile[j], 2 * (size_t)tall);
+        }
     }
 }

@@ -22,7 +22,7 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 # Of what `torch.backends.cpu.get_cpu_capability` names; other processors have the plain build.
 _BUILDS = {"AVX512": "_kernels_x86_64_v4", "AVX2": "_kernels_x86_64_v3"}
 # What kernels.c says: files that an earlier installation has built may be around.
-_INTERFACE_VERSION = 1
+_INTERFACE_VERSION = 2
 # Elements a thread, as in torch: below, waking another one takes longer.
 _LEAST_ELEMENTS = 2**15
 _ROWS_OF_A_SUM = 64
@@ -40,6 +40,7 @@ _SIGNATURES = {
     "causal_softmax_backward": "lllppii",
     "token_logprobs": "llpipfppppi",
     "token_logprobs_backward": "llpipfpppi",
+    "transpose": "lllppi",
 }
 
 
@@ -196,6 +197,16 @@ def token_logprobs_backward_(
         targets.contiguous(), temperature, greatest, totals, upstream.float().contiguous(),
     )  # fmt: skip
     return logits
+
+
+def transposed(states: Tensor) -> Tensor:
+    """states [rows, columns], bfloat16, as [columns, rows] in one piece."""
+    if states.stride(1) != 1:
+        states = states.contiguous()
+    rows, columns = states.shape
+    result = states.new_empty(columns, rows)
+    _call("transpose", states.numel(), rows, columns, states.stride(0), states, result)
+    return result
 
 
 def build() -> str:

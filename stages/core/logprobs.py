@@ -18,7 +18,7 @@ from torch.nn import functional
 from stages.core import kernels
 from stages.core.gradients import gradient
 from stages.core.masks import upcast
-from stages.core.products import linear
+from stages.core.products import linear, weight_gradient
 
 # Rows of logits that stay in cache between the passes over them: 1 MiB in float32.
 _CACHED_ELEMENTS = 2**18
@@ -204,7 +204,7 @@ class _Gradients:
             self.weight = torch.empty_like(weight, dtype=self._wide)
         assert self.weight is not None
         for columns in _slices(len(weight), _CACHED_COLUMNS):
-            part = linear(d_logits[:, columns].T, hidden.T)
+            part = weight_gradient(d_logits[:, columns], hidden)
             total = self.weight[columns]
             total.copy_(part) if first else total.add_(part)
 

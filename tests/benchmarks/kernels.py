@@ -20,6 +20,7 @@ import torch
 
 from stages.core import elementwise, kernels
 from stages.core.logprobs import _Head
+from stages.core.products import weight_gradient
 
 _CHUNK = 64
 Part = Callable[[], object]
@@ -55,6 +56,8 @@ def parts(args: argparse.Namespace) -> Iterator[tuple[str, Part]]:
     angles = torch.rand(1, args.tokens, args.head)
     cos, sin = angles.cos(), angles.sin()
     yield "rotation", lambda: elementwise.rotated(heads.transpose(1, 2), cos, sin)
+    # The kernels have a part in it where the processor has AMX.
+    yield "weight gradient", lambda: weight_gradient(gate, grad)
     yield from _of_attention(args, dtype)
     yield from _of_the_head(args, dtype)
 

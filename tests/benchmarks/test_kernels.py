@@ -20,7 +20,7 @@ def test_every_part_has_a_line(capsys: pytest.CaptureFixture[str], precision: st
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     names = {"norm", "gate", "softmax", "head"}
     both = names | {f"{name}, backward" for name in names}
-    assert {line["part"] for line in lines} == both | {"rotation"}
+    assert {line["part"] for line in lines} == both | {"rotation", "weight gradient"}
     assert all(line["torch_ms"] > 0 and line["kernels_ms"] > 0 for line in lines)
 
 

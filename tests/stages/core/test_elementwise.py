@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.core import elementwise, kernels
+from stages.core import elementwise, kernels, products
 from stages.core.logprobs import chunked_token_logprobs, weighted_logprob_sum
 
 SOURCE = Path(kernels.__file__).with_suffix(".c")
@@ -187,6 +187,22 @@ class TestAgainstFloat64:
             close(found.detach(), expected.detach(), torch.float32)
             close(entropies, entropy.detach(), torch.float32)
             close(leaf.grad / 3, d_weight / 3, dtype)
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("rows", [1, 8, 65, 130])
+@pytest.mark.parametrize("columns", [1, 7, 64, 100])
+def test_weight_gradients_by_a_transposed_copy(
+    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int
+) -> None:
+    monkeypatch.setattr(products, "_has_amx", lambda: True)
+    wide = drawn(rows, columns + 20, dtype=torch.bfloat16)
+    states = drawn(rows, 6, dtype=torch.bfloat16)
+    for grad in (wide[:, :columns], wide[:, 13 : 13 + columns], wide.T.contiguous().T[:, :columns]):
+        if kernels.serve(grad):
+            assert torch.equal(kernels.transposed(grad), grad.T)
+        found = products.weight_gradient(grad, states)
+        close(found / 12, grad.double().T @ states.double() / 12, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("build")
