@@ -10,7 +10,7 @@
 #include <string.h>
 
 /* Of the functions and their arguments; `stages.core.kernels` calls no other. */
-const int interface_version = 2;
+const int interface_version = 1;
 
 #define INLINE static inline __attribute__((always_inline))
 /* Rows are divided among threads; which thread has which changes nothing. */
@@ -176,12 +176,13 @@ void rms_norm(long rows, long size, const float *states, const float *weight, fl
     }
 }
 
-/* kept times inverse, or times the row's scale where inverse is NULL, is the normalised x. The
- * gradient of the weight is added to d_weight. */
-INLINE void rms_norm_backward_row(long size, const void *kept, int kept_format,
-                                  const float *inverse, const float *weight, float scale,
-                                  const void *grad, int format, float *d_states, float *d_weight)
+/* kept, in the format of grad, times inverse is the normalised x; or where inverse is NULL kept is
+ * x, in float32. The gradient of the weight is added to d_weight. */
+INLINE void rms_norm_backward_row(long size, const void *kept, const float *inverse,
+                                  const float *weight, float scale, const void *grad, int format,
+                                  float *d_states, float *d_weight)
 {
+    int kept_format = inverse ? format : 0;
     Floats sum = {};
     VECTORS(0, size, {
         Floats normed = load(kept, kept_format, i, n) *
@@ -200,27 +201,27 @@ INLINE void rms_norm_backward_row(long size, const void *kept, int kept_format,
 }
 
 /* d_weight is [ceil(rows / 64), size]: the sum over each 64 rows. */
-void rms_norm_backward(long rows, long size, const void *kept, int kept_format,
-                       const float *inverse, const float *weight, const float *scales,
-                       const void *grad, int format, float *d_states, float *d_weight, int threads)
+void rms_norm_backward(long rows, long size, const void *kept, const float *inverse,
+                       const float *weight, const float *scales, const void *grad, int format,
+                       float *d_states, float *d_weight, int threads)
 {
     memset(d_weight, 0,
            (size_t)((rows + ROWS_OF_A_SUM - 1) / ROWS_OF_A_SUM * size) * sizeof(float));
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    ROWS
     for (long first = 0; first < rows; first += ROWS_OF_A_SUM) {
         float *sum = d_weight + first / ROWS_OF_A_SUM * size;
         for (long row = first; row < rows && row < first + ROWS_OF_A_SUM; row++) {
-            const void *k = at(kept, kept_format, row * size);
+            const void *k = at(kept, inverse ? format : 0, row * size);
             const void *g = at(grad, format, row * size);
             float *d = d_states + row * size;
             if (!inverse && format)
-                rms_norm_backward_row(size, k, 0, NULL, weight, scales[row], g, 1, d, sum);
+                rms_norm_backward_row(size, k, NULL, weight, scales[row], g, 1, d, sum);
             else if (!inverse)
-                rms_norm_backward_row(size, k, 0, NULL, weight, scales[row], g, 0, d, sum);
+                rms_norm_backward_row(size, k, NULL, weight, scales[row], g, 0, d, sum);
             else if (format)
-                rms_norm_backward_row(size, k, 1, inverse, weight, scales[row], g, 1, d, sum);
+                rms_norm_backward_row(size, k, inverse, weight, scales[row], g, 1, d, sum);
             else
-                rms_norm_backward_row(size, k, 0, inverse, weight, scales[row], g, 0, d, sum);
+                rms_norm_backward_row(size, k, inverse, weight, scales[row], g, 0, d, sum);
         }
     }
 }

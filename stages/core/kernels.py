@@ -22,7 +22,7 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 # Of what `torch.backends.cpu.get_cpu_capability` names; other processors have the plain build.
 _BUILDS = {"AVX512": "_kernels_x86_64_v4", "AVX2": "_kernels_x86_64_v3"}
 # What kernels.c says: files that an earlier installation has built may be around.
-_INTERFACE_VERSION = 2
+_INTERFACE_VERSION = 1
 # Elements a thread, as in torch: below, waking another one takes longer.
 _LEAST_ELEMENTS = 2**15
 _ROWS_OF_A_SUM = 64
@@ -32,7 +32,7 @@ _KINDS = {"l": _LONG, "f": _FLOAT, "p": _POINTER, "i": ctypes.c_int}
 # Arguments in order: long, float, pointer, int.
 _SIGNATURES = {
     "rms_norm": "llppfpipi",
-    "rms_norm_backward": "llpippppippi",
+    "rms_norm_backward": "llpppppippi",
     "gated": "lllpppii",
     "gated_backward": "llpppppii",
     "rotate": "lllpppfpii",
@@ -63,6 +63,7 @@ def rms_norm(
     result = torch.empty_like(states, dtype=dtype)
     scales = states.new_empty(*states.shape[:-1], 1)
     rows, size = scales.numel(), states.shape[-1]
+    assert weight.numel() == size
     _call(
         "rms_norm", states.numel(), rows, size, states, weight.contiguous(), epsilon, result,
         FORMATS[dtype], scales,
@@ -77,21 +78,25 @@ def rms_norm_backward(
 
     kept is the result, and inverse 1 / weight; or kept is the states, and inverse None.
     """
-    grad = grad.contiguous()
-    if kept.dtype == torch.bfloat16 and grad.dtype == torch.float32:
+    if inverse is None or kept.dtype != grad.dtype:
         kept = kept.float()
+    if inverse is not None and kept.dtype != grad.dtype:
+        grad = grad.float()
+    kept, grad = kept.contiguous(), grad.contiguous()
     d_states = torch.empty_like(grad, dtype=torch.float32)
     rows, size = scales.numel(), grad.shape[-1]
+    assert kept.shape == grad.shape and weight.numel() == size and grad.numel() == rows * size
     d_weight = scales.new_empty(-(-rows // _ROWS_OF_A_SUM), size)
     _call(
-        "rms_norm_backward", grad.numel(), rows, size, kept.contiguous(), FORMATS[kept.dtype],
-        inverse, weight.contiguous(), scales, grad, FORMATS[grad.dtype], d_states, d_weight,
+        "rms_norm_backward", grad.numel(), rows, size, kept, inverse, weight.contiguous(),
+        scales.contiguous(), grad, FORMATS[grad.dtype], d_states, d_weight,
     )  # fmt: skip
     return d_states, d_weight.sum(0)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, [..., size]. Both may be halves of rows [..., 2 * size]."""
+    assert gate.shape == up.shape
     size = gate.shape[-1]
     stride = gate.stride(-2) if gate.dim() == 2 and gate.stride() == up.stride() else 0
     if stride < size or gate.stride(-1) != 1:
@@ -106,6 +111,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gate and of up, and `gated`. The first takes grad's place."""
+    assert grad.shape == gate.shape == up.shape
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     d_up, product = torch.empty_like(up), torch.empty_like(up)
     size = gate.shape[-1]
@@ -124,6 +130,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tens
     states = states.contiguous()
     result = torch.empty_like(states)
     tokens, heads, dim = states.shape
+    assert cos.shape == sin.shape == (tokens, dim)
     sign = -1.0 if back else 1.0
     _call(
         "rotate", states.numel(), tokens, heads, dim, states, cos.contiguous(), sin.contiguous(),
@@ -140,6 +147,7 @@ def causal_softmax_(scores: Tensor, chunk: int) -> Tensor:
     """
     scores = scores.contiguous()
     columns = scores.shape[-1]
+    assert chunk <= columns
     work = torch.empty(_threads(scores.numel()), columns)
     _call(
         "causal_softmax", scores.numel(), scores.numel() // columns, columns, chunk, scores,
@@ -152,6 +160,7 @@ def causal_softmax_backward_(weights: Tensor, grad: Tensor, chunk: int) -> Tenso
     """Overwrites grad, of the weights that `causal_softmax_` gave, with that of the scores."""
     weights, grad = weights.contiguous(), grad.contiguous()
     columns = grad.shape[-1]
+    assert weights.shape == grad.shape and chunk <= columns
     _call(
         "causal_softmax_backward", grad.numel(), grad.numel() // columns, columns, chunk, weights,
         grad, FORMATS[grad.dtype],
@@ -168,6 +177,7 @@ def token_logprobs(
     Raises IndexError unless 0 <= targets < size.
     """
     rows, size = logits.shape
+    assert len(targets) == rows
     if rows and not 0 <= targets.min().item() <= targets.max().item() < size:
         raise IndexError(f"a target is not one of {size} tokens")
     logprobs, entropies, greatest, totals = torch.empty(4, rows)
@@ -192,6 +202,7 @@ def token_logprobs_backward_(
     """
     logits = logits.contiguous()
     rows, size = logits.shape
+    assert len(targets) == len(greatest) == len(totals) == len(upstream) == rows
     _call(
         "token_logprobs_backward", logits.numel(), rows, size, logits, FORMATS[logits.dtype],
         targets.contiguous(), temperature, greatest, totals, upstream.float().contiguous(),

@@ -120,6 +120,22 @@ class TestAgainstFloat64:
             assert one.dtype == dtype
             close(one / 9, expected / 9, dtype)
 
+    def test_the_norm_of_bfloat16_states_knows_their_format_on_the_way_back(self) -> None:
+        """As the norms of queries and keys get them."""
+        states, weight = drawn(5, 40, dtype=torch.bfloat16), drawn(40)
+        grad = drawn(5, 40, dtype=torch.bfloat16)
+        _, d_states, d_weight = exact(
+            lambda x, w: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w,
+            grad,
+            states,
+            weight,
+        )
+        _, scale = elementwise.rms_norm(states, weight, 1e-5, torch.bfloat16)
+        for upstream in (grad, grad.float()):
+            found = elementwise.rms_norm_backward(states, False, weight, scale, upstream)
+            close(found[0], d_states, torch.float32)
+            close(found[1], d_weight, torch.float32)
+
     def test_gated_halves_of_the_same_rows(self) -> None:
         both = drawn(6, 40)
         gate, up = both.chunk(2, dim=-1)
@@ -290,7 +306,7 @@ class TestEdges:
 def test_the_kernels_are_built_here() -> None:
     if shutil.which("cc") is None:
         pytest.skip("no C compiler here")
-    assert kernels._functions()
+    assert kernels._functions(), "pip install --editable . builds them"
 
 
 def test_a_target_outside_of_the_vocabulary_is_refused() -> None:
