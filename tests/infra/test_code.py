@@ -245,6 +245,20 @@ def test_an_edit_is_seen_in_the_same_process(folder: Path, monkeypatch: pytest.M
     del sys.modules["mine"]
 
 
+def test_the_c_file_of_a_module_is_part_of_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code, "_OURS", ("compiled",))
+    (folder / "compiled.py").write_text(PLAIN)
+    (folder / "compiled.c").write_text("int one(void) { return 1; }")
+    load_function("compiled:verify")
+    recorded = loaded_code()
+    assert changed_code(recorded) == []
+    (folder / "compiled.c").write_text("int one(void) { return 2; }")
+    assert changed_code(recorded) == ["compiled.py"]
+    del sys.modules["compiled"]
+
+
 def test_created_by_names_what_decides_the_numbers() -> None:
     record = created_by()
     assert record.packages["torch"].startswith("2.")
