@@ -126,10 +126,10 @@ class _Head:
     def logprobs(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, _Partition]:
         """Log-probability of each target, and the entropy, [chunk] each, of logits [chunk, _V]."""
         if kernels.serve(logits):
-            *found, greatest, total = kernels.token_logprobs(logits, targets, self.temperature)
-            return found[0], found[1], _Partition(greatest, total)
-        parts = [self._block(logits[rows], targets[rows]) for rows in _blocks(logits)]
-        logprobs, entropy, greatest, total = (torch.cat(some) for some in zip(*parts, strict=True))
+            parts = [kernels.token_logprobs(logits, targets, self.temperature)]
+        else:
+            parts = [self._block(logits[rows], targets[rows]) for rows in _blocks(logits)]
+        logprobs, entropy, greatest, total = map(torch.cat, zip(*parts, strict=True))
         return logprobs, entropy, _Partition(greatest, total)
 
     def to_gradient_(
