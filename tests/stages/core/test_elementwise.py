@@ -315,32 +315,30 @@ def test_a_target_outside_of_the_vocabulary_is_refused() -> None:
             chunked_token_logprobs(torch.zeros(1, 2), torch.zeros(5, 2), torch.tensor([bad]))
 
 
-def test_without_a_build_torch_computes_and_the_log_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(kernels, "build", lambda: "_kernels_of_nowhere")
-    kernels._functions.cache_clear()
-    try:
-        with caplog.at_level(logging.INFO):
-            assert not kernels.serve(torch.zeros(1))
-    finally:
-        kernels._functions.cache_clear()
-    assert "_kernels_of_nowhere is not built: install the project again" in caplog.text
-
-
-def test_a_build_of_other_code_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("build", lambda: "_kernels_of_nowhere", "nowhere is not built: install the project again"),
+        ("_INTERFACE_VERSION", -1, "was built from other code: install the project again"),
+    ],
+)
+def test_without_a_build_torch_computes_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    value: object,
+    why: str,
 ) -> None:
     if not kernels._functions():
         pytest.skip("nothing is built here")
-    monkeypatch.setattr(kernels, "_INTERFACE_VERSION", -1)
+    monkeypatch.setattr(kernels, name, value)
     kernels._functions.cache_clear()
     try:
         with caplog.at_level(logging.INFO):
             assert not kernels.serve(torch.zeros(1))
     finally:
         kernels._functions.cache_clear()
-    assert "was built from other code" in caplog.text
+    assert why in caplog.text
 
 
 def test_other_formats_and_devices_are_left_to_torch() -> None:
