@@ -21,7 +21,7 @@ from stages.core.logprobs import chunked_token_logprobs, weighted_logprob_sum
 from stages.memory import tokens_at_once
 from stages.models import head_of
 from stages.packing import PackedBatch, like_prompts, micro_batches, pack
-from stages.precision import compute_dtype, computing
+from stages.precision import compute_dtype, computing, held_copy
 from stages.shared_critic import Critic, SharedCritic
 
 # Logits held at once, as elements of [chunk, vocabulary]: 128 MiB in fp32.
@@ -101,13 +101,15 @@ def logprobs_at(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of targets [_N] predicted at flat positions [_N], and entropies [_N]."""
     head = model.get_output_embeddings()
+    dtype = compute_dtype(model)
     return chunked_token_logprobs(
-        hidden.index_select(0, positions).to(compute_dtype(model)),
+        hidden.index_select(0, positions).to(dtype),
         head.weight,
         targets,
         temperature=temperature,
         chunk_size=_chunk_size(head.weight),
         bias=getattr(head, "bias", None),
+        copy=held_copy(model, head.weight, dtype),
     )
 
 
@@ -121,13 +123,15 @@ def weighted_logprobs_at(
     """Sum of token_weights [_N] times `logprobs_at`, which alone is differentiable; see
     `weighted_logprob_sum`."""
     head = model.get_output_embeddings()
+    dtype = compute_dtype(model)
     return weighted_logprob_sum(
-        hidden.index_select(0, positions).to(compute_dtype(model)),
+        hidden.index_select(0, positions).to(dtype),
         head.weight,
         targets,
         token_weights,
         chunk_size=_chunk_size(head.weight),
         bias=getattr(head, "bias", None),
+        copy=held_copy(model, head.weight, dtype),
     )
 
 

@@ -35,12 +35,17 @@ _LEAST_DIVISOR = 1e-20
 
 
 class HeldWeights:
-    """Copies of weights in bfloat16, made once in a region in which no weight changes."""
+    """Copies of weights in another format, made once in a region in which no weight changes."""
 
     def __init__(self) -> None:
         self._depth = 0
-        self._copies: dict[int, Tensor] = {}
+        self._copies: dict[tuple[int, torch.dtype], Tensor] = {}
         self._invertible: dict[int, bool] = {}
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether such a region is open."""
+        return self._depth > 0
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -55,17 +60,16 @@ class HeldWeights:
                 self._invertible.clear()
 
     def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight, detached, in bfloat16 or as it is."""
+        """The weight, detached, in a format or as it is."""
         if dtype == weight.dtype:
             return weight.detach()
-        assert dtype == torch.bfloat16
-        found = self._copies.get(id(weight))
+        found = self._copies.get((id(weight), dtype))
         if found is None:
             # A pass for inference may be the first of a region whose later ones are for training.
             with torch.inference_mode(False):
                 found = weight.detach().to(dtype)
             if self._depth:
-                self._copies[id(weight)] = found
+                self._copies[id(weight), dtype] = found
         return found
 
     def can_divide(self, weight: Tensor) -> bool:

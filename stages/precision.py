@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from schemas.training import Precision
@@ -78,6 +78,12 @@ def weights_held(model: nn.Module) -> Iterator[None]:
         return
     with copies.held():
         yield
+
+
+def held_copy(model: nn.Module, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A weight in the number format of its products, if `weights_held` keeps such copies now."""
+    copies = held_weights(cast(PreTrainedModel, model.base_model))
+    return None if copies is None or not copies.is_holding else copies.of(weight, dtype)
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from stages.core import kernels
 
 
 def added(weight: Tensor, part: Tensor) -> Tensor | None:
@@ -16,8 +19,17 @@ def added(weight: Tensor, part: Tensor) -> Tensor | None:
     total = gradient(weight)
     if total is None:
         return part.to(weight.dtype)
-    total.add_(part)
+    add_(total, part)
     return None
+
+
+def add_(total: Tensor, part: Tensor) -> None:
+    """total += part, [...] each: without a copy of part in total's format, where a kernel serves."""
+    both = total.dtype == torch.float32 and total.is_contiguous()
+    if both and kernels.serve(total) and kernels.serve(part):
+        kernels.add_(total, part)
+    else:
+        total.add_(part)
 
 
 def gradient(weight: Tensor) -> Tensor | None:

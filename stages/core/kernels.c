@@ -8,9 +8,12 @@
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 /* Of the functions and their arguments; `stages.core.kernels` calls no other. */
-const int interface_version = 1;
+const int interface_version = 2;
 
 #define INLINE static inline __attribute__((always_inline))
 /* Rows are divided among threads; which thread has which changes nothing. */
@@ -45,10 +48,72 @@ INLINE Floats chosen(Integers mask, Floats one, Floats other)
     return (Floats)(((Integers)one & mask) | ((Integers)other & ~mask));
 }
 
+/* What GCC makes many instructions of, and with AVX-512 takes few. Where a number of either is NaN,
+ * the greater is the other's. */
+#if defined(__AVX512F__)
+INLINE Floats greater(Floats one, Floats other)
+{
+    return (Floats)_mm512_max_ps((__m512)one, (__m512)other);
+}
+
+INLINE Floats widened(Halves values)
+{
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)values), 16);
+}
+
+INLINE float sum_of(Floats values)
+{
+    return _mm512_reduce_add_ps((__m512)values);
+}
+
+INLINE float greatest_of(Floats values)
+{
+    return _mm512_reduce_max_ps((__m512)values);
+}
+#else
 INLINE Floats greater(Floats one, Floats other)
 {
     return chosen(one > other, one, other);
 }
+
+INLINE Floats widened(Halves values)
+{
+    return (Floats)(__builtin_convertvector(values, Words) << 16);
+}
+
+INLINE float sum_of(Floats values)
+{
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int i = 0; i < half; i++)
+            values[i] += values[i + half];
+    return values[0];
+}
+
+INLINE float greatest_of(Floats values)
+{
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int i = 0; i < half; i++)
+            values[i] = values[i + half] > values[i] ? values[i + half] : values[i];
+    return values[0];
+}
+#endif
+
+/* The nearest bfloat16, and of two the even one; NaN stays NaN. The instruction of AVX512-BF16 gives
+ * 0 for what is no normal number. */
+#if defined(__AVX512BF16__)
+INLINE Halves narrowed(Floats values)
+{
+    return (Halves)_mm512_cvtneps_pbh((__m512)values);
+}
+#else
+INLINE Halves narrowed(Floats values)
+{
+    Words bits = (Words)values;
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    bits |= (Words)(values != values) & 0x7fc0;
+    return __builtin_convertvector(bits, Halves);
+}
+#endif
 
 INLINE void *at(const void *row, int format, long index)
 {
@@ -65,20 +130,16 @@ INLINE Floats load(const void *row, int format, long index, long count)
     }
     Halves found = {};
     memcpy(&found, at(row, 1, index), 2 * (size_t)count);
-    return (Floats)(__builtin_convertvector(found, Words) << 16);
+    return widened(found);
 }
 
-/* bfloat16 is the nearest, and of two the even one; NaN stays NaN. */
 INLINE void store(void *row, int format, long index, long count, Floats values)
 {
     if (!format) {
         memcpy(at(row, 0, index), &values, 4 * (size_t)count);
         return;
     }
-    Words bits = (Words)values;
-    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    bits |= (Words)(values != values) & 0x7fc0;
-    Halves found = __builtin_convertvector(bits, Halves);
+    Halves found = narrowed(values);
     memcpy(at(row, 1, index), &found, 2 * (size_t)count);
 }
 
@@ -97,21 +158,24 @@ INLINE void store(void *row, int format, long index, long count, Floats values)
         }                                                                                          \
     } while (0)
 
-INLINE float sum_of(Floats values)
-{
-    for (int half = WIDTH / 2; half; half /= 2)
-        for (int i = 0; i < half; i++)
-            values[i] += values[i + half];
-    return values[0];
-}
-
-INLINE float greatest_of(Floats values)
-{
-    float found = values[0];
-    for (int i = 1; i < WIDTH; i++)
-        found = values[i] > found ? values[i] : found;
-    return found;
-}
+/* The same for the first `seen` numbers of a row of `columns`; all but the last have `left`, how many
+ * of its numbers are seen, as a constant. */
+#define SEEN(seen, columns, ...)                                                                   \
+    do {                                                                                           \
+        const long n = WIDTH;                                                                      \
+        long i = 0;                                                                                \
+        for (; i + WIDTH <= seen; i += WIDTH) {                                                    \
+            const long left = WIDTH;                                                               \
+            __VA_ARGS__                                                                            \
+        }                                                                                          \
+        const long left = seen - i;                                                                \
+        if (left > 0 && i + WIDTH <= columns) {                                                    \
+            __VA_ARGS__                                                                            \
+        } else if (left > 0) {                                                                     \
+            const long n = columns - i;                                                            \
+            __VA_ARGS__                                                                            \
+        }                                                                                          \
+    } while (0)
 
 /* The first n numbers of a vector; `other` behind them. */
 INLINE Floats first_of(Floats values, long n, Floats other)
@@ -128,8 +192,8 @@ INLINE Floats exponential(Floats x)
 {
     const float round = 12582912.f; /* 1.5 * 2^23: adding it leaves an integer in the last bits */
     Integers tiny = x < -87.3f;
-    x = chosen(tiny, all(-87.3f), x);
-    x = chosen(x > 88.f, all(88.f), x);
+    x = greater(all(-87.3f), x);
+    x = -greater(all(-88.f), -x);
     Floats shifted = x * 1.44269504088896341f + round;
     Floats whole = shifted - round;
     Floats f = x - whole * 0.693359375f + whole * 2.12194440e-4f;
@@ -274,6 +338,23 @@ void gated_backward(long rows, long size, void *grad, const void *gate, const vo
     }
 }
 
+/* total += part, number by number. */
+void add(long count, float *total, const void *part, int format, int threads)
+{
+    ROWS
+    for (long first = 0; first < count; first += SUMMED) {
+        long last = first + SUMMED < count ? first + SUMMED : count;
+        if (format)
+            VECTORS(first, last, {
+                store(total, 0, i, n, load(total, 0, i, n) + load(part, 1, i, n));
+            });
+        else
+            VECTORS(first, last, {
+                store(total, 0, i, n, load(total, 0, i, n) + load(part, 0, i, n));
+            });
+    }
+}
+
 /* (l, r) -> (l cos - r sin, r cos + l sin) for the halves l and r of the dimensions of some heads,
  * by `half` numbers of cos and sin; sign -1 turns back. */
 INLINE void rotate_heads(long heads, long half, const void *states, const float *cos,
@@ -325,18 +406,18 @@ INLINE void softmax_row(long columns, long seen, void *scores, int format, float
 {
     long end = padded(seen, columns);
     Floats greatest = all(-INFINITY), total = {};
-    VECTORS(0, end, {
-        greatest = greater(first_of(load(scores, format, i, n), seen - i, greatest), greatest);
+    SEEN(seen, columns, {
+        greatest = greater(first_of(load(scores, format, i, n), left, greatest), greatest);
     });
     greatest = all(greatest_of(greatest));
-    VECTORS(0, end, {
+    SEEN(seen, columns, {
         Floats some = exponential(load(scores, format, i, n) - greatest);
-        some = first_of(some, seen - i, all(0.f));
+        some = first_of(some, left, all(0.f));
         store(work, 0, i, n, some);
         total += some;
     });
     Floats factor = all(1.f / sum_of(total));
-    VECTORS(0, end, { store(scores, format, i, n, load(work, 0, i, n) * factor); });
+    SEEN(seen, columns, { (void)left; store(scores, format, i, n, load(work, 0, i, n) * factor); });
     memset(at(scores, format, end), 0, (size_t)(columns - end) * (format ? 2 : 4));
 }
 
@@ -360,9 +441,13 @@ INLINE void softmax_backward_row(long columns, long seen, const void *weights, v
 {
     long end = padded(seen, columns);
     Floats sum = {};
-    VECTORS(0, end, { sum += load(weights, format, i, n) * load(grad, format, i, n); });
+    SEEN(seen, columns, {
+        (void)left;
+        sum += load(weights, format, i, n) * load(grad, format, i, n);
+    });
     Floats mean = all(sum_of(sum));
-    VECTORS(0, end, {
+    SEEN(seen, columns, {
+        (void)left;
         Floats above = load(grad, format, i, n) - mean;
         store(grad, format, i, n, load(weights, format, i, n) * above);
     });

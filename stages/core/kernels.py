@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 # Of what `torch.backends.cpu.get_cpu_capability` names; other processors have the plain build.
 _BUILDS = {"AVX512": "_kernels_x86_64_v4", "AVX2": "_kernels_x86_64_v3"}
+_WITH_BFLOAT16 = "_bf16"  # AVX512-BF16, which not all of the first have
 # What kernels.c says: files that an earlier installation has built may be around.
-_INTERFACE_VERSION = 1
+_INTERFACE_VERSION = 2
 # Elements a thread, as in torch: below, waking another one takes longer.
 _LEAST_ELEMENTS = 2**15
 _ROWS_OF_A_SUM = 64
@@ -35,6 +36,7 @@ _SIGNATURES = {
     "rms_norm_backward": "llpppppippi",
     "gated": "lllpppii",
     "gated_backward": "llpppppii",
+    "add": "lppii",
     "rotate": "lllpppfpii",
     "causal_softmax": "lllpipi",
     "causal_softmax_backward": "lllppii",
@@ -120,6 +122,12 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
         FORMATS[gate.dtype],
     )  # fmt: skip
     return grad, d_up, product
+
+
+def add_(total: Tensor, part: Tensor) -> None:
+    """total += part, of the same shape; total is float32 and in one piece."""
+    assert total.shape == part.shape and total.is_contiguous()
+    _call("add", total.numel(), total.numel(), total, part.contiguous(), FORMATS[part.dtype])
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
@@ -222,7 +230,10 @@ def transposed(states: Tensor) -> Tensor:
 
 def build() -> str:
     """The name of the build for this processor."""
-    return _BUILDS.get(torch.backends.cpu.get_cpu_capability(), "_kernels")
+    capability = torch.backends.cpu.get_cpu_capability()
+    name = _BUILDS.get(capability, "_kernels")
+    narrows = capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    return name + _WITH_BFLOAT16 if narrows else name
 
 
 def _call(name: str, num_elements: int, *arguments: Any) -> None:

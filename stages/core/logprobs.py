@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.core import kernels
-from stages.core.gradients import gradient
+from stages.core.gradients import add_, gradient
 from stages.core.masks import upcast
 from stages.core.products import linear, weight_gradient
 
@@ -56,18 +56,20 @@ def chunked_token_logprobs(
     temperature: float = 1.0,
     chunk_size: int = 1024,
     bias: Tensor | None = None,
+    copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs_and_entropy` of logits = hidden @ weight.T + bias, never held whole.
 
     hidden [_N, _H], weight [_V, _H], targets long [_N], bias [_V]. Returns (logprobs [_N],
-    entropy [_N]); logprobs are differentiable in hidden, weight and bias, entropy is detached.
+    entropy [_N]); logprobs are differentiable in hidden, weight and bias, entropy is detached. copy
+    is the weight in the dtype of hidden, if the caller has it.
     Logits exist for chunk_size tokens at a time, but the last few chunks' wait for the backward
     pass; it computes those before them again. The product is in the dtype of hidden, as the model's
     own head would do it; the softmax, and the sum of the weight's gradient over chunks, are in
     float32 or float64. Raises ValueError unless temperature > 0 and chunk_size >= 1.
     """
     head = _Head(temperature, chunk_size)
-    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, bias, targets, head)  # type: ignore[no-untyped-call]
+    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, bias, targets, head, copy)  # type: ignore[no-untyped-call]
     return logprobs, entropy
 
 
@@ -79,6 +81,7 @@ def weighted_logprob_sum(
     temperature: float = 1.0,
     chunk_size: int = 1024,
     bias: Tensor | None = None,
+    copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of token_weights [_N] times `chunked_token_logprobs`, with its gradient from one pass.
 
@@ -87,7 +90,13 @@ def weighted_logprob_sum(
     [_N], entropy [_N]); only the sum is differentiable. Raises as `chunked_token_logprobs` does.
     """
     head = _Head(temperature, chunk_size)
-    found = _WeightedSum.apply(hidden, weight, bias, targets, token_weights, head)  # type: ignore[no-untyped-call]
+    if head.keeps_all(len(hidden), len(weight)):
+        # Nor does that then make any twice, and it adds to the gradient that the weight has.
+        logprobs, entropy = chunked_token_logprobs(
+            hidden, weight, targets, temperature, chunk_size, bias, copy
+        )
+        return (token_weights * logprobs).sum(), logprobs.detach(), entropy
+    found = _WeightedSum.apply(hidden, weight, bias, targets, token_weights, head, copy)  # type: ignore[no-untyped-call]
     total, logprobs, entropy = found
     return total, logprobs, entropy
 
@@ -122,6 +131,10 @@ class _Head:
         """Of how many chunks, the last ones, logits wait for the backward pass."""
         chunk = max(min(self.chunk_size, num_tokens), 1) * vocab_size
         return KEPT_ELEMENTS // chunk if self._wants_gradient else 0
+
+    def keeps_all(self, num_tokens: int, vocab_size: int) -> bool:
+        """Whether the logits of every chunk wait for the backward pass."""
+        return len(self.chunks(num_tokens)) <= self.num_kept(num_tokens, vocab_size)
 
     def logprobs(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, _Partition]:
         """Log-probability of each target, and the entropy, [chunk] each, of logits [chunk, _V]."""
@@ -206,23 +219,29 @@ class _Gradients:
         for columns in _slices(len(weight), _CACHED_COLUMNS):
             part = weight_gradient(d_logits[:, columns], hidden)
             total = self.weight[columns]
-            total.copy_(part) if first else total.add_(part)
+            total.copy_(part) if first else add_(total, part)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: _Head,
+        copy: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.save_for_backward(hidden, weight, bias, targets, copy)
+        copy = _copied(weight, hidden, copy)
         ctx.head = head
         ctx.kept = {}
-        product_weight = weight.to(hidden.dtype)
         found: list[tuple[Tensor, Tensor, _Partition]] = []
         chunks = head.chunks(len(hidden))
         first_kept = len(chunks) - head.num_kept(len(hidden), len(weight))
         for number, chunk in enumerate(chunks):
-            logits = _product(hidden[chunk], product_weight, bias)
+            logits = _product(hidden[chunk], copy, bias)
             if number >= first_kept:
                 ctx.kept[number] = logits
             found.append(head.logprobs(logits, targets[chunk]))
@@ -233,20 +252,20 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
+        hidden, weight, bias, targets, copy = ctx.saved_tensors
+        copy = _copied(weight, hidden, copy)
         head: _Head = ctx.head
-        product_weight = weight.to(hidden.dtype)
         total = gradient(weight)
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad, total)
         for number, chunk in enumerate(head.chunks(len(hidden))):
             logits = ctx.kept.pop(number, None)
             if logits is None:
-                logits = _product(hidden[chunk], product_weight, bias)
+                logits = _product(hidden[chunk], copy, bias)
             partition = ctx.partitions[number]
             d_logits = head.to_gradient_(logits, targets[chunk], partition, upstream[chunk])
-            gradients.add(chunk, d_logits, hidden[chunk], product_weight)
+            gradients.add(chunk, d_logits, hidden[chunk], copy)
         d_weight = gradients.weight if total is None else None
-        return gradients.hidden, d_weight, gradients.bias, None, None
+        return gradients.hidden, d_weight, gradients.bias, None, None, None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -259,15 +278,16 @@ class _WeightedSum(torch.autograd.Function):
         targets: Tensor,
         token_weights: Tensor,
         head: _Head,
+        copy: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        product_weight = weight.to(hidden.dtype)
+        copy = _copied(weight, hidden, copy)
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         found: list[tuple[Tensor, Tensor, _Partition]] = []
         for chunk in head.chunks(len(hidden)):
-            logits = _product(hidden[chunk], product_weight, bias)
+            logits = _product(hidden[chunk], copy, bias)
             found.append(head.logprobs(logits, targets[chunk]))
             d_logits = head.to_gradient_(logits, targets[chunk], found[-1][2], token_weights[chunk])
-            gradients.add(chunk, d_logits, hidden[chunk], product_weight)
+            gradients.add(chunk, d_logits, hidden[chunk], copy)
         ctx.gradients = gradients
         logprobs, entropy = _joined(found, hidden)
         ctx.mark_non_differentiable(logprobs, entropy)
@@ -286,7 +306,12 @@ class _WeightedSum(torch.autograd.Function):
                 None if gradient is None else gradient.mul_(upstream.to(gradient.dtype))
                 for gradient in found
             ]
-        return *found, None, None, None
+        return *found, None, None, None, None
+
+
+def _copied(weight: Tensor, hidden: Tensor, copy: Tensor | None) -> Tensor:
+    """The weight as products with hidden take it."""
+    return weight.to(hidden.dtype) if copy is None else copy
 
 
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

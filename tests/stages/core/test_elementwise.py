@@ -25,6 +25,7 @@ BUILDS = {
     "_kernels": True,
     "_kernels_x86_64_v3": CAPABILITY in ("AVX2", "AVX512"),
     "_kernels_x86_64_v4": CAPABILITY == "AVX512",
+    "_kernels_x86_64_v4_bf16": torch.cpu._is_avx512_bf16_supported(),
     "sixteen lanes": True,
 }
 # Whole vectors, rests, and less than one vector.

@@ -1,6 +1,6 @@
 """What lies between a layer's matrix products: our kernels beside torch's operations.
 
-    python -m tests.benchmarks.kernels --precision bfloat16
+    python -m tests.benchmarks.elementwise --precision bfloat16
 
 Each part is timed by both in turns, with one thread, on shapes that default to SmolLM2's. Prints
 one JSON line a part: the best milliseconds of each, and the median of the ratios of the rounds.

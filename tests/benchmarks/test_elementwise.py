@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.core import kernels
-from tests.benchmarks.kernels import main, measured
+from tests.benchmarks.elementwise import main, measured
 
 SIZES = {"tokens": 8, "hidden": 16, "intermediate": 24, "head": 8, "length": 64, "vocabulary": 32}
 SMALL = [f"--{name}={size}" for name, size in {**SIZES, "rounds": 2}.items()]
