@@ -48,6 +48,15 @@ def rms_norm_backward(
     return d_states, product.reshape(-1, len(weight)).sum(0)
 
 
+def add_(total: Tensor, part: Tensor) -> None:
+    """total += part, [...] each. The kernel makes no copy of part in total's format."""
+    in_place = total.dtype == torch.float32 and total.is_contiguous()
+    if in_place and kernels.serve(total) and kernels.serve(part):
+        kernels.add_(total, part)
+    else:
+        total.add_(part)
+
+
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020, eq. 6), both [..., size]. The kernel rounds once."""
     if kernels.serve(gate, up):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from stages.core import kernels
+from stages.core.elementwise import add_
 
 
 def added(weight: Tensor, part: Tensor) -> Tensor | None:
@@ -21,15 +20,6 @@ def added(weight: Tensor, part: Tensor) -> Tensor | None:
         return part.to(weight.dtype)
     add_(total, part)
     return None
-
-
-def add_(total: Tensor, part: Tensor) -> None:
-    """total += part, [...] each: without a copy of part in total's format, where a kernel serves."""
-    both = total.dtype == torch.float32 and total.is_contiguous()
-    if both and kernels.serve(total) and kernels.serve(part):
-        kernels.add_(total, part)
-    else:
-        total.add_(part)
 
 
 def gradient(weight: Tensor) -> Tensor | None:

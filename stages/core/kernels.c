@@ -13,7 +13,7 @@
 #endif
 
 /* Of the functions and their arguments; `stages.core.kernels` calls no other. */
-const int interface_version = 2;
+const int interface_version = 3;
 
 #define INLINE static inline __attribute__((always_inline))
 /* Rows are divided among threads; which thread has which changes nothing. */
@@ -61,6 +61,16 @@ INLINE Floats widened(Halves values)
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)values), 16);
 }
 
+INLINE Floats first_floats(const void *row, long count)
+{
+    return (Floats)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), row);
+}
+
+INLINE Halves first_halves(const void *row, long count)
+{
+    return (Halves)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), row);
+}
+
 INLINE float sum_of(Floats values)
 {
     return _mm512_reduce_add_ps((__m512)values);
@@ -79,6 +89,20 @@ INLINE Floats greater(Floats one, Floats other)
 INLINE Floats widened(Halves values)
 {
     return (Floats)(__builtin_convertvector(values, Words) << 16);
+}
+
+INLINE Floats first_floats(const void *row, long count)
+{
+    Floats found = {};
+    memcpy(&found, row, 4 * (size_t)count);
+    return found;
+}
+
+INLINE Halves first_halves(const void *row, long count)
+{
+    Halves found = {};
+    memcpy(&found, row, 2 * (size_t)count);
+    return found;
 }
 
 INLINE float sum_of(Floats values)
@@ -123,14 +147,17 @@ INLINE void *at(const void *row, int format, long index)
 /* `count` numbers from `index` on, and 0 behind them. */
 INLINE Floats load(const void *row, int format, long index, long count)
 {
+    const void *from = at(row, format, index);
+    if (count < WIDTH)
+        return format ? widened(first_halves(from, count)) : first_floats(from, count);
+    Floats floats;
+    Halves halves;
     if (!format) {
-        Floats found = {};
-        memcpy(&found, at(row, 0, index), 4 * (size_t)count);
-        return found;
+        memcpy(&floats, from, sizeof floats);
+        return floats;
     }
-    Halves found = {};
-    memcpy(&found, at(row, 1, index), 2 * (size_t)count);
-    return widened(found);
+    memcpy(&halves, from, sizeof halves);
+    return widened(halves);
 }
 
 INLINE void store(void *row, int format, long index, long count, Floats values)
@@ -464,6 +491,117 @@ void causal_softmax_backward(long rows, long columns, long chunk, const void *we
         long seen = columns - chunk + row % chunk + 1;
         format ? softmax_backward_row(columns, seen, w, d, 1)
                : softmax_backward_row(columns, seen, w, d, 0);
+    }
+}
+
+/* What a token sees: `prompt` tokens that rows of one prompt share, and `drawn` of its own. Of a key
+ * head, keys are [dim, tokens], rows of them `stride` apart, and values [tokens, dim]. */
+typedef struct {
+    const void *keys, *values;
+    long tokens, stride;
+} Seen;
+
+enum { TOGETHER = 4 /* queries of a key head that are worked through at once */ };
+
+/* `vectors` of them from i on, of n numbers each: sums[g, v] = sum over k of factors[g, k] rows[k],
+ * whose rows lie `stride` apart. One sum after the other would wait for the adder. */
+INLINE void sums_of(const long queries, const long vectors, long count, const float *factors,
+                    long factor_stride, const void *rows, int format, long stride, long i, long n,
+                    Floats sums[TOGETHER][2])
+{
+    for (long g = 0; g < queries; g++)
+        for (long v = 0; v < vectors; v++)
+            sums[g][v] = (Floats){};
+    for (long k = 0; k < count; k++)
+        for (long v = 0; v < vectors; v++) {
+            Floats some = load(rows, format, k * stride + i + v * WIDTH, n);
+            for (long g = 0; g < queries; g++)
+                sums[g][v] += some * factors[g * factor_stride + k];
+        }
+}
+
+/* result[g, i] = sum over k of factors[g, k] rows[k, i], for i below `size`; added, if `adds`. */
+INLINE void product(const long queries, const int adds, long count, const float *factors,
+                    long factor_stride, const void *rows, int format, long stride, long size,
+                    float *result, long result_stride)
+{
+    Floats sums[TOGETHER][2];
+    long pairs = size / (2 * WIDTH) * (2 * WIDTH);
+    for (long i = 0; i < pairs; i += 2 * WIDTH) {
+        sums_of(queries, 2, count, factors, factor_stride, rows, format, stride, i, WIDTH, sums);
+        for (long g = 0; g < queries; g++)
+            for (long v = 0; v < 2; v++) {
+                float *to = result + g * result_stride + i + v * WIDTH;
+                store(to, 0, 0, WIDTH, adds ? load(to, 0, 0, WIDTH) + sums[g][v] : sums[g][v]);
+            }
+    }
+    VECTORS(pairs, size, {
+        sums_of(queries, 1, count, factors, factor_stride, rows, format, stride, i, n, sums);
+        for (long g = 0; g < queries; g++) {
+            float *to = result + g * result_stride + i;
+            store(to, 0, 0, n, adds ? load(to, 0, 0, n) + sums[g][0] : sums[g][0]);
+        }
+    });
+}
+
+/* For some queries [queries, dim] of a key head; work holds queries * (2 * dim + columns). */
+INLINE void attend_head(const long queries, long dim, float scale, const void *q, Seen prompt,
+                        Seen own, void *result, int format, float *work)
+{
+    long columns = prompt.tokens + own.tokens, behind = prompt.tokens;
+    float *scaled = work, *mixed = work + queries * dim, *weights = mixed + queries * dim;
+    VECTORS(0, queries * dim, { store(scaled, 0, i, n, load(q, format, i, n) * scale); });
+    product(queries, 0, dim, scaled, dim, prompt.keys, format, prompt.stride, prompt.tokens,
+            weights, columns);
+    product(queries, 0, dim, scaled, dim, own.keys, format, own.stride, own.tokens,
+            weights + behind, columns);
+    for (long g = 0; g < queries; g++)
+        softmax_row(columns, columns, weights + g * columns, 0, weights + g * columns);
+    product(queries, 0, prompt.tokens, weights, columns, prompt.values, format, dim, dim, mixed,
+            dim);
+    product(queries, 1, own.tokens, weights + behind, columns, own.values, format, dim, dim,
+            mixed, dim);
+    VECTORS(0, queries * dim, { store(result, format, i, n, load(mixed, 0, i, n)); });
+}
+
+INLINE void attend_some(long queries, long dim, float scale, const void *q, Seen prompt, Seen own,
+                        void *result, int format, float *work)
+{
+    switch (queries) {
+    case 1: attend_head(1, dim, scale, q, prompt, own, result, format, work); break;
+    case 2: attend_head(2, dim, scale, q, prompt, own, result, format, work); break;
+    case 3: attend_head(3, dim, scale, q, prompt, own, result, format, work); break;
+    default: attend_head(4, dim, scale, q, prompt, own, result, format, work);
+    }
+}
+
+/* Attention of one token a row, whose key is the last of its own. q and result are [rows, key_heads,
+ * group, dim], q's rows `stride` apart; prompts' keys [prompts, key_heads, dim, width] and values
+ * [prompts, key_heads, width, dim], of which `lengths` are seen; those of rows alike, with `room` for
+ * as many tokens and `drawn` of them seen. Work holds `work_size` numbers for each thread. */
+void attend(long rows, long key_heads, long group, long dim, long stride, const void *q,
+            float scale, const int64_t *prompt_of_row, const int64_t *lengths, long width,
+            const void *prompt_keys, const void *prompt_values, long drawn, long room,
+            const void *own_keys, const void *own_values, void *result, int format, float *work,
+            long work_size, int threads)
+{
+    ROWS
+    for (long task = 0; task < rows * key_heads; task++) {
+        long row = task / key_heads, head = task % key_heads;
+        long shared = prompt_of_row[row] * key_heads + head;
+        Seen prompt = {at(prompt_keys, format, shared * dim * width),
+                       at(prompt_values, format, shared * width * dim),
+                       lengths[prompt_of_row[row]], width};
+        Seen own = {at(own_keys, format, task * dim * room),
+                    at(own_values, format, task * room * dim), drawn, room};
+        float *space = work + omp_get_thread_num() * work_size;
+        for (long first = 0; first < group; first += TOGETHER) {
+            long queries = group - first < TOGETHER ? group - first : TOGETHER;
+            const void *some = at(q, format, row * stride + (head * group + first) * dim);
+            void *found = at(result, format, (task * group + first) * dim);
+            format ? attend_some(queries, dim, scale, some, prompt, own, found, 1, space)
+                   : attend_some(queries, dim, scale, some, prompt, own, found, 0, space);
+        }
     }
 }
 

@@ -23,10 +23,11 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _BUILDS = {"AVX512": "_kernels_x86_64_v4", "AVX2": "_kernels_x86_64_v3"}
 _WITH_BFLOAT16 = "_bf16"  # AVX512-BF16, which not all of the first have
 # What kernels.c says: files that an earlier installation has built may be around.
-_INTERFACE_VERSION = 2
+_INTERFACE_VERSION = 3
 # Elements a thread, as in torch: below, waking another one takes longer.
 _LEAST_ELEMENTS = 2**15
 _ROWS_OF_A_SUM = 64
+_QUERIES = 4  # worked through at once by `attend`
 
 _LONG, _FLOAT, _POINTER = ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 _KINDS = {"l": _LONG, "f": _FLOAT, "p": _POINTER, "i": ctypes.c_int}
@@ -40,6 +41,7 @@ _SIGNATURES = {
     "rotate": "lllpppfpii",
     "causal_softmax": "lllpipi",
     "causal_softmax_backward": "lllppii",
+    "attend": "lllllpfpplppllpppipl",
     "token_logprobs": "llpipfppppi",
     "token_logprobs_backward": "llpipfpppi",
     "transpose": "lllppi",
@@ -174,6 +176,41 @@ def causal_softmax_backward_(weights: Tensor, grad: Tensor, chunk: int) -> Tenso
         grad, FORMATS[grad.dtype],
     )  # fmt: skip
     return grad
+
+
+def attend(
+    q: Tensor,
+    scale: float,
+    prompt_of_row: Tensor,
+    lengths: Tensor,
+    prompts: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    num_drawn: int,
+) -> Tensor:
+    """Attention of one token a row, whose key is the last of its own: [rows, heads, dim].
+
+    q [rows, heads, dim]. Keys [_P * key heads, dim, tokens] and values [_P * key heads, tokens,
+    dim] of the prompts, of which lengths [_P] are seen, and of the rows, num_drawn each;
+    prompt_of_row [rows] says which prompt a row sees.
+    """
+    rows, heads, dim = q.shape
+    if q.stride()[1:] != (dim, 1):
+        q = q.contiguous()
+    keys, width = len(own[0]) // rows, prompts[0].shape[2]
+    group, room = heads // keys, own[0].shape[2]
+    tensors = (*prompts, *own, prompt_of_row, lengths)
+    assert all(one.is_contiguous() for one in tensors) and heads == keys * group
+    assert own[1].shape == (rows * keys, room, dim) and num_drawn <= room
+    result = torch.empty(rows, heads, dim, dtype=q.dtype)
+    columns = width + num_drawn
+    num_threads = _threads(rows * heads * columns)
+    work = torch.empty(num_threads, _QUERIES * (2 * dim + columns))
+    _call(
+        "attend", rows * heads * columns, rows, keys, group, dim, q.stride(0), q, scale,
+        prompt_of_row, lengths, width, *prompts, num_drawn, room, *own, result, FORMATS[q.dtype],
+        work, work.shape[1],
+    )  # fmt: skip
+    return result
 
 
 def token_logprobs(

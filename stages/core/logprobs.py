@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.core import kernels
-from stages.core.gradients import add_, gradient
+from stages.core.elementwise import add_
+from stages.core.gradients import gradient
 from stages.core.masks import upcast
 from stages.core.products import linear, weight_gradient
 

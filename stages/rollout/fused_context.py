@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stages.core import kernels
 from stages.exact_attention import exact_attention
 from stages.packing import pack
 from stages.rollout.fused_decoder import FusedDecoder
@@ -112,32 +113,49 @@ class FusedContext:
         self.logits = self._decoder.logits(states)
 
     def _attend(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of one token a row: to its prompt, by a product that all rows of the prompt
-        share, and to what the row has drawn.
-        """
-        layer, prompts, own = self._decoder.layers[number], self._prompts[number], self._own[number]
-        size, dim, end = self._num_drawn, layer.dim, self._num_drawn - 1
-        num_rows, num_prompts, width = len(self._places), *prompts.values.shape[:2]
+        """Attention of one token a row, to its prompt and to what the row has drawn."""
+        prompts, own, end = self._prompts[number], self._own[number], self._num_drawn - 1
         own.keys[:, :, end].view_as(k).copy_(k)
         own.values[:, end].view_as(v).copy_(v)
+        scale = self._decoder.layers[number].scaling
+        if not kernels.serve(q, own.keys):
+            return self._attend_by_products(q, prompts, own, scale).view(len(k), -1)
+        attended = kernels.attend(
+            q,
+            scale,
+            self._prompt_of_row,
+            self._lengths,
+            (prompts.keys, prompts.values),
+            (own.keys, own.values),
+            self._num_drawn,
+        )
+        return attended.flatten(1)
+
+    def _attend_by_products(
+        self, q: Tensor, prompts: _States, own: _States, scale: float
+    ) -> Tensor:
+        """The same; rows of a prompt share a product."""
+        size, dim = self._num_drawn, q.shape[-1]
+        num_rows, num_prompts, width = len(self._places), *prompts.values.shape[:2]
         q = q.reshape(num_rows, -1, dim)
         of_prompts = q.flatten(1).index_select(0, self._cells).view(num_prompts, -1, dim)
         unused = q.new_empty(1, 1, 1)
-        seen = torch.baddbmm(unused, of_prompts, prompts.keys, beta=0, alpha=layer.scaling)
-        scores = torch.baddbmm(unused, q, own.keys[:, :, :size], beta=0, alpha=layer.scaling)
+        seen = torch.baddbmm(unused, of_prompts, prompts.keys, beta=0, alpha=scale)
+        scores = torch.baddbmm(unused, q, own.keys[:, :, :size], beta=0, alpha=scale)
         seen = (
             seen.view(len(self._cells), -1).index_select(0, self._places).view(num_rows, -1, width)
         )
         if self._hidden is not None:
             seen = seen.masked_fill(self._hidden, -torch.inf)
-        weights = torch.cat([seen, scores], dim=2).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+        found = torch.cat([seen, scores], dim=2).softmax(dim=-1, dtype=torch.float32)
+        weights = found.to(prompts.values.dtype)
         mixed = torch.bmm(weights[..., width:], own.values[:, :size])
         of_prompts = (
             weights.flatten(1).index_select(0, self._cells).view(num_prompts, -1, width + size)
         )
         found = torch.bmm(of_prompts[..., :width], prompts.values)
         mixed += found.view(len(self._cells), -1).index_select(0, self._places).view_as(mixed)
-        return mixed.view(len(k), -1)
+        return mixed
 
     def _arrange(self) -> None:
         """Say where rows and prompts find each other.

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from schemas.rl import SamplingConfig
 from stages.forward import Sequences, completion_logprobs
 from stages.gradient_checkpointing import use_gradient_checkpointing
-from stages.precision import compute_dtype, freeze, use_precision, weights_held
+from stages.precision import compute_dtype, freeze, held_copy, use_precision, weights_held
 from stages.rollout.native import NativeEngine
 
 SEQUENCES = Sequences(
@@ -89,6 +89,19 @@ def test_where_layers_are_computed_again_copies_are_held_for_sampling_alone() ->
                 model.base_model.layers[0].mlp.up_proj.weight.mul_(0.5)
                 after, _ = completion_logprobs(model, SEQUENCES, 60)
             assert torch.equal(before, after) is not (saving and training)
+
+
+def test_a_head_is_turned_into_bfloat16_once_in_a_region() -> None:
+    model = fresh("bfloat16").train()
+    weight = model.get_output_embeddings().weight
+    assert held_copy(model, weight, torch.bfloat16) is None
+    with weights_held(model):
+        copy = held_copy(model, weight, torch.bfloat16)
+        assert copy is not None and torch.equal(copy, weight.bfloat16())
+        assert held_copy(model, weight, torch.bfloat16) is copy
+    use_gradient_checkpointing(model, True, "rl.online")
+    with weights_held(model):
+        assert held_copy(model, weight, torch.bfloat16) is None
 
 
 def test_a_region_may_begin_with_inference_and_go_on_with_training() -> None:

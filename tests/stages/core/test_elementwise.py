@@ -304,6 +304,56 @@ class TestEdges:
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [*SIZES, 5000])
+@pytest.mark.usefixtures("build")
+def test_a_part_is_added_in_place(size: int, dtype: torch.dtype) -> None:
+    total, part = drawn(3, size), drawn(size, 3, dtype=dtype).T
+    expected = total + part.float()
+    rows = total[1:]
+    elementwise.add_(rows, part[1:])
+    assert torch.equal(total[1:], expected[1:]) and torch.equal(total[0], drawn(3, size)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [3, 8, 16, 64, 72])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7])
+@pytest.mark.usefixtures("build")
+def test_attention_of_one_token_a_row(group: int, dim: int, dtype: torch.dtype) -> None:
+    """Two key heads; rows 0 and 2 share the second prompt, of which less is seen."""
+    if not kernels._functions():
+        pytest.skip("torch's own operations are those of the sampler")
+    drawn_tokens, room, lengths, of_row = 9, 20, [37, 5], [1, 0, 1]
+    rows, num_prompts, width = len(of_row), len(lengths), max(lengths)
+    states = drawn(rows, 2 * (group + 1), dim, dtype=dtype)
+    q = states[:, : 2 * group]  # as a projection leaves it, keys behind the queries
+    prompts = (
+        drawn(num_prompts, 2, dim, width, dtype=dtype),
+        drawn(num_prompts, 2, width, dim, dtype=dtype),
+    )
+    own = drawn(rows, 2, dim, room, dtype=dtype), drawn(rows, 2, room, dim, dtype=dtype)
+    own[0][..., drawn_tokens:] = own[1][:, :, drawn_tokens:] = math.nan  # room that is not filled
+    keys, values = prompts
+    found = kernels.attend(
+        q,
+        0.3,
+        torch.tensor(of_row),
+        torch.tensor(lengths),
+        (keys.flatten(0, 1), values.flatten(0, 1)),
+        (own[0].flatten(0, 1), own[1].flatten(0, 1)),
+        drawn_tokens,
+    )
+    for row, prompt in enumerate(of_row):
+        for head in range(2 * group):
+            key_head, seen = head // group, lengths[prompt]
+            k = torch.cat(
+                [keys[prompt, key_head, :, :seen], own[0][row, key_head, :, :drawn_tokens]], 1
+            ).double()
+            v = torch.cat([values[prompt, key_head, :seen], own[1][row, key_head, :drawn_tokens]])
+            weights = (0.3 * q[row, head].double() @ k).softmax(-1)
+            close(found[row, head], weights @ v.double(), dtype)
+
+
 def test_the_kernels_are_built_here() -> None:
     if shutil.which("cc") is None:
         pytest.skip("no C compiler here")

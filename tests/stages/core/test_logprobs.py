@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.core import logprobs as logprobs_module
 from stages.core.logprobs import (
+    KEPT_ELEMENTS,
     chunked_token_logprobs,
     token_logprobs,
     token_logprobs_and_entropy,
@@ -240,8 +241,12 @@ def test_chunked_at_the_edges_of_what_numbers_can_hold() -> None:
     torch.testing.assert_close(hidden.grad[1], torch.tensor([-2.0]))
 
 
+@pytest.mark.parametrize("kept", [0, KEPT_ELEMENTS])
 @pytest.mark.parametrize("chunk_size", [1, 3, 100])
-def test_a_weighted_sum_and_its_gradient_come_from_one_pass(chunk_size: int) -> None:
+def test_a_weighted_sum_and_its_gradient_come_from_one_pass(
+    chunk_size: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.core.logprobs.KEPT_ELEMENTS", kept)
     leaves = [
         random(7, 3).requires_grad_(),
         random(5, 3, seed=1).requires_grad_(),
@@ -262,6 +267,36 @@ def test_a_weighted_sum_and_its_gradient_come_from_one_pass(chunk_size: int) -> 
     got = torch.autograd.grad(2 * total, leaves)
     want = torch.autograd.grad((2 * expected * weights).sum(), leaves)
     torch.testing.assert_close(got, want)
+
+
+def test_a_weighted_sum_whose_logits_are_kept_adds_to_the_gradient_in_place() -> None:
+    hidden, weight = random(4, 3), random(5, 3, seed=1).requires_grad_()
+    targets, token_weights = torch.tensor([0, 1, 2, 3]), random(4, seed=2)
+    (once,) = torch.autograd.grad(
+        weighted_logprob_sum(hidden, weight, targets, token_weights)[0], weight
+    )
+    for _ in range(2):
+        weighted_logprob_sum(hidden, weight, targets, token_weights)[0].backward()
+        if weight.grad is not None:
+            place = weight.grad.data_ptr()
+    assert weight.grad is not None and weight.grad.data_ptr() == place
+    torch.testing.assert_close(weight.grad, 2 * once)
+
+
+@pytest.mark.parametrize("kept", [0, KEPT_ELEMENTS])
+def test_a_copy_of_the_weight_is_what_is_multiplied(
+    kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.core.logprobs.KEPT_ELEMENTS", kept)
+    hidden, weight = random(4, 3).bfloat16(), random(5, 3, seed=1).float().requires_grad_()
+    targets, copy = torch.tensor([0, 1, 2, 3]), weight.detach().bfloat16()
+    for given in (copy, 2 * copy):
+        doubled = weight if given is copy else (2 * weight).detach()
+        found, expected = (
+            weighted_logprob_sum(hidden, one, targets, torch.ones(4), copy=two)[1]
+            for one, two in ((weight, given), (doubled, None))
+        )
+        assert torch.equal(found, expected)
 
 
 def test_a_frozen_head_gets_no_gradient() -> None:

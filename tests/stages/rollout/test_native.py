@@ -1,5 +1,6 @@
 """The native engine against loops that are too simple to be wrong."""
 
+import copy
 import itertools
 import math
 from collections import Counter
@@ -409,8 +410,9 @@ def test_adapters_have_their_say_and_stay_as_they_are(own_copy: bool) -> None:
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     for version in (0, 1):
         sampler.update_weights(model, version)
+        exact = copy.deepcopy(model).double()
         for rollout in sampler.generate(PROMPTS, sampling, num_samples=3, seed=version):
-            logits = logits_of(model, rollout.prompt_ids + rollout.completion_ids) / 0.7
+            logits = logits_of(exact, rollout.prompt_ids + rollout.completion_ids) / 0.7
             expected = logits[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
             chosen = expected.gather(1, torch.tensor(rollout.completion_ids)[:, None]).squeeze(1)
             assert rollout.rollout_logprobs == pytest.approx(chosen.tolist(), abs=1e-4)
