@@ -494,8 +494,8 @@ void causal_softmax_backward(long rows, long columns, long chunk, const void *we
     }
 }
 
-/* What a token sees: `prompt` tokens that rows of one prompt share, and `drawn` of its own. Of a key
- * head, keys are [dim, tokens], rows of them `stride` apart, and values [tokens, dim]. */
+/* Tokens that queries of a key head see: keys [dim, tokens], whose rows lie `stride` apart, and
+ * values [tokens, dim]. */
 typedef struct {
     const void *keys, *values;
     long tokens, stride;
@@ -503,8 +503,8 @@ typedef struct {
 
 enum { TOGETHER = 4 /* queries of a key head that are worked through at once */ };
 
-/* `vectors` of them from i on, of n numbers each: sums[g, v] = sum over k of factors[g, k] rows[k],
- * whose rows lie `stride` apart. One sum after the other would wait for the adder. */
+/* sums[g, v] = sum over k of factors[g, k] rows[k], of vector v behind i, of n numbers; rows lie
+ * `stride` apart. Several sums at once, as each waits for its adder. */
 INLINE void sums_of(const long queries, const long vectors, long count, const float *factors,
                     long factor_stride, const void *rows, int format, long stride, long i, long n,
                     Floats sums[TOGETHER][2])
