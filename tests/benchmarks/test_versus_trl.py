@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils import import_utils
 
 from tests.benchmarks.versus_trl import _parser, ratios, table, work_of
 
@@ -85,3 +88,11 @@ def test_both_environments_have_requirements() -> None:
     # The same torch on both sides, and in the Makefile's first call to pip.
     assert all("torch==2.13.0" in lines for lines in pins.values())
     assert "trl==1.12.0" in pins["requirements-ppo.txt"]
+
+
+def test_no_module_here_is_taken_for_a_package() -> None:
+    """This folder comes first where `trl_step` runs, and transformers looks for what it can use."""
+    source = inspect.getsource(import_utils)
+    packages = set(re.findall(r'_is_package_available\("(\w+)"', source))
+    assert {"kernels", "accelerate"} <= packages
+    assert not packages & {path.stem for path in Path(__file__).parent.glob("*.py")}
