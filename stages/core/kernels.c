@@ -193,9 +193,10 @@ INLINE void store(void *row, int format, long index, long count, Floats values)
         long i = 0;                                                                                \
         for (; i + WIDTH <= seen; i += WIDTH) {                                                    \
             const long left = WIDTH;                                                               \
+            (void)left;                                                                            \
             __VA_ARGS__                                                                            \
         }                                                                                          \
-        const long left = seen - i;                                                                \
+        const long left = seen - i; /* not all that is run reads it */                             \
         if (left > 0 && i + WIDTH <= columns) {                                                    \
             __VA_ARGS__                                                                            \
         } else if (left > 0) {                                                                     \
@@ -444,7 +445,7 @@ INLINE void softmax_row(long columns, long seen, void *scores, int format, float
         total += some;
     });
     Floats factor = all(1.f / sum_of(total));
-    SEEN(seen, columns, { (void)left; store(scores, format, i, n, load(work, 0, i, n) * factor); });
+    SEEN(seen, columns, { store(scores, format, i, n, load(work, 0, i, n) * factor); });
     memset(at(scores, format, end), 0, (size_t)(columns - end) * (format ? 2 : 4));
 }
 
@@ -469,12 +470,10 @@ INLINE void softmax_backward_row(long columns, long seen, const void *weights, v
     long end = padded(seen, columns);
     Floats sum = {};
     SEEN(seen, columns, {
-        (void)left;
         sum += load(weights, format, i, n) * load(grad, format, i, n);
     });
     Floats mean = all(sum_of(sum));
     SEEN(seen, columns, {
-        (void)left;
         Floats above = load(grad, format, i, n) - mean;
         store(grad, format, i, n, load(weights, format, i, n) * above);
     });
@@ -501,46 +500,48 @@ typedef struct {
     long tokens, stride;
 } Seen;
 
-enum { TOGETHER = 4 /* queries of a key head that are worked through at once */ };
+enum { TOGETHER = 4, /* queries of a key head that are worked through at once */
+       SUMMED_BY_QUERY = 16 /* products that are added up, and then these sums: less rounding */ };
 
-/* sums[g, v] = sum over k of factors[g, k] rows[k], of vector v behind i, of n numbers; rows lie
- * `stride` apart. Several sums at once, as each waits for its adder. */
-INLINE void sums_of(const long queries, const long vectors, long count, const float *factors,
-                    long factor_stride, const void *rows, int format, long stride, long i, long n,
-                    Floats sums[TOGETHER][2])
+/* result[g, i] = sum over k of factors[g, k] rows[k, i], added if `adds`, for `vectors` of n numbers
+ * from i on; rows lie `stride` apart. Several sums at once, as each waits for its adder. */
+INLINE void product_at(const long queries, const long vectors, const int adds, long count,
+                       const float *factors, long factor_stride, const void *rows, int format,
+                       long stride, float *result, long result_stride, long i, long n)
 {
+    Floats sums[TOGETHER][2] = {};
+    for (long first = 0; first < count; first += SUMMED_BY_QUERY) {
+        long last = first + SUMMED_BY_QUERY < count ? first + SUMMED_BY_QUERY : count;
+        Floats some[TOGETHER][2] = {};
+        for (long k = first; k < last; k++)
+            for (long v = 0; v < vectors; v++) {
+                Floats row = load(rows, format, k * stride + i + v * WIDTH, n);
+                for (long g = 0; g < queries; g++)
+                    some[g][v] += row * factors[g * factor_stride + k];
+            }
+        for (long g = 0; g < queries; g++)
+            for (long v = 0; v < vectors; v++)
+                sums[g][v] += some[g][v];
+    }
     for (long g = 0; g < queries; g++)
-        for (long v = 0; v < vectors; v++)
-            sums[g][v] = (Floats){};
-    for (long k = 0; k < count; k++)
         for (long v = 0; v < vectors; v++) {
-            Floats some = load(rows, format, k * stride + i + v * WIDTH, n);
-            for (long g = 0; g < queries; g++)
-                sums[g][v] += some * factors[g * factor_stride + k];
+            float *to = result + g * result_stride + i + v * WIDTH;
+            store(to, 0, 0, n, adds ? load(to, 0, 0, n) + sums[g][v] : sums[g][v]);
         }
 }
 
-/* result[g, i] = sum over k of factors[g, k] rows[k, i], for i below `size`; added, if `adds`. */
+/* The same for all i below `size`. */
 INLINE void product(const long queries, const int adds, long count, const float *factors,
                     long factor_stride, const void *rows, int format, long stride, long size,
                     float *result, long result_stride)
 {
-    Floats sums[TOGETHER][2];
     long pairs = size / (2 * WIDTH) * (2 * WIDTH);
-    for (long i = 0; i < pairs; i += 2 * WIDTH) {
-        sums_of(queries, 2, count, factors, factor_stride, rows, format, stride, i, WIDTH, sums);
-        for (long g = 0; g < queries; g++)
-            for (long v = 0; v < 2; v++) {
-                float *to = result + g * result_stride + i + v * WIDTH;
-                store(to, 0, 0, WIDTH, adds ? load(to, 0, 0, WIDTH) + sums[g][v] : sums[g][v]);
-            }
-    }
+    for (long i = 0; i < pairs; i += 2 * WIDTH)
+        product_at(queries, 2, adds, count, factors, factor_stride, rows, format, stride, result,
+                   result_stride, i, WIDTH);
     VECTORS(pairs, size, {
-        sums_of(queries, 1, count, factors, factor_stride, rows, format, stride, i, n, sums);
-        for (long g = 0; g < queries; g++) {
-            float *to = result + g * result_stride + i;
-            store(to, 0, 0, n, adds ? load(to, 0, 0, n) + sums[g][0] : sums[g][0]);
-        }
+        product_at(queries, 1, adds, count, factors, factor_stride, rows, format, stride, result,
+                   result_stride, i, n);
     });
 }
 
@@ -549,12 +550,13 @@ INLINE void attend_head(const long queries, long dim, float scale, const void *q
                         Seen own, void *result, int format, float *work)
 {
     long columns = prompt.tokens + own.tokens, behind = prompt.tokens;
-    float *scaled = work, *mixed = work + queries * dim, *weights = mixed + queries * dim;
-    VECTORS(0, queries * dim, { store(scaled, 0, i, n, load(q, format, i, n) * scale); });
-    product(queries, 0, dim, scaled, dim, prompt.keys, format, prompt.stride, prompt.tokens,
+    float *wide = work, *mixed = work + queries * dim, *weights = mixed + queries * dim;
+    VECTORS(0, queries * dim, { store(wide, 0, i, n, load(q, format, i, n)); });
+    product(queries, 0, dim, wide, dim, prompt.keys, format, prompt.stride, prompt.tokens,
             weights, columns);
-    product(queries, 0, dim, scaled, dim, own.keys, format, own.stride, own.tokens,
+    product(queries, 0, dim, wide, dim, own.keys, format, own.stride, own.tokens,
             weights + behind, columns);
+    VECTORS(0, queries * columns, { store(weights, 0, i, n, load(weights, 0, i, n) * scale); });
     for (long g = 0; g < queries; g++)
         softmax_row(columns, columns, weights + g * columns, 0, weights + g * columns);
     product(queries, 0, prompt.tokens, weights, columns, prompt.values, format, dim, dim, mixed,
