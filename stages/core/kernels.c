@@ -13,7 +13,7 @@
 #endif
 
 /* Of the functions and their arguments; `stages.core.kernels` calls no other. */
-const int interface_version = 3;
+const int interface_version = 4;
 
 #define INLINE static inline __attribute__((always_inline))
 /* Rows are divided among threads; which thread has which changes nothing. */

@@ -1,8 +1,9 @@
-"""The functions of `kernels.c` for tensors: one pass over memory where torch makes several.
+"""The functions of `kernels.c` and `products.c` for tensors.
 
-For contiguous tensors on processors, in float32 and bfloat16. They are compiled when the project is
-installed; where no compiler was there, or for other tensors, `serve` says no and torch's own
-operations do the same. Nothing here has a gradient: autograd functions call it.
+They go through memory once where torch does several times. For contiguous tensors on processors, in
+float32 and bfloat16. They are compiled when the project is installed; where no compiler was there,
+or for other tensors, `serve` says no and torch's own operations do the same. Nothing here has a
+gradient: autograd functions call it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _BUILDS = {"AVX512": "_kernels_x86_64_v4", "AVX2": "_kernels_x86_64_v3"}
 _WITH_BFLOAT16 = "_bf16"  # AVX512-BF16, which not all of the first have
 # What kernels.c says: files that an earlier installation has built may be around.
-_INTERFACE_VERSION = 3
+_INTERFACE_VERSION = 4
 # Elements a thread, as in torch: below, waking another one takes longer.
 _LEAST_ELEMENTS = 2**15
 _ROWS_OF_A_SUM = 64
@@ -46,6 +48,8 @@ _SIGNATURES = {
     "token_logprobs_backward": "llpipfpppi",
     "transpose": "lllppi",
 }
+_OF_BFLOAT16 = {"product": "lllppppi"}  # of the build for AVX512-BF16 alone
+_PANEL = 32  # columns of a weight that `product` reads together
 
 
 def serve(*tensors: Tensor) -> bool:
@@ -265,6 +269,43 @@ def transposed(states: Tensor) -> Tensor:
     return result
 
 
+def multiply(weight: Tensor) -> bool:
+    """Whether `product` can multiply by a weight [columns, size]."""
+    return (
+        "product" in _functions()
+        and weight.is_cpu
+        and weight.dtype == torch.bfloat16
+        and weight.shape[1] % 2 == 0
+    )
+
+
+def panels(weight: Tensor) -> Tensor:
+    """A weight [columns, size] as `product` reads it: [panels, size / 2, 32, 2]."""
+    columns, size = weight.shape
+    filled = functional.pad(weight, (0, 0, 0, -columns % _PANEL)).contiguous()
+    # A pair of numbers moves as one.
+    pairs = filled.view(torch.int32).view(-1, _PANEL, size // 2).transpose(1, 2).contiguous()
+    return pairs.view(weight.dtype).view(-1, size // 2, _PANEL, 2)
+
+
+def product(states: Tensor, weight: Tensor, columns: int, bias: Tensor | None) -> Tensor:
+    """states [rows, size] times `panels` of a weight [columns, size], transposed, plus bias
+    [columns]: [rows, columns], bfloat16.
+
+    Made for few rows. The bias is added in float32, before rounding. A row's result is the same to
+    the bit whatever the others are.
+    """
+    states = states.contiguous()
+    rows, size = states.shape
+    assert states.dtype == torch.bfloat16 and weight.is_contiguous()
+    assert weight.shape == (-(-columns // _PANEL), size // 2, _PANEL, 2) and size % 2 == 0
+    result = states.new_empty(rows, columns)
+    if bias is not None:
+        bias = functional.pad(bias.float(), (0, -columns % _PANEL))
+    _call("product", rows * size * columns, rows, size, columns, states, weight, bias, result)
+    return result
+
+
 def build() -> str:
     """The name of the build for this processor."""
     capability = torch.backends.cpu.get_cpu_capability()
@@ -290,9 +331,11 @@ def _functions() -> dict[str, Any]:
     except OSError as error:
         logger.info("layers compute by torch's own operations, which takes longer: %s", error)
         return {}
-    functions = {name: getattr(library, name) for name in _SIGNATURES}
+    found = [name for name in _OF_BFLOAT16 if hasattr(library, name)]
+    signatures = _SIGNATURES | {name: _OF_BFLOAT16[name] for name in found}
+    functions = {name: getattr(library, name) for name in signatures}
     for name, function in functions.items():
-        function.argtypes = [_KINDS[kind] for kind in _SIGNATURES[name]]
+        function.argtypes = [_KINDS[kind] for kind in signatures[name]]
         function.restype = None
     return functions
 

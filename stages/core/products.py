@@ -45,7 +45,7 @@ def weight_gradient(grad: Tensor, states: Tensor) -> Tensor:
     (530 and 1,200 GFLOP/s a core of Emerald Rapids), and torch's copy of it takes what that loses.
     """
     left = grad.T
-    if grad.dtype == torch.bfloat16 and _has_amx() and kernels.serve(grad):
+    if grad.dtype == torch.bfloat16 and has_amx() and kernels.serve(grad):
         left = kernels.transposed(grad)
     return linear(left, states.T)
 
@@ -56,7 +56,8 @@ def has_onednn(states: Tensor) -> bool:
 
 
 @cache
-def _has_amx() -> bool:
+def has_amx() -> bool:
+    """Whether the processor multiplies tiles of bfloat16."""
     return torch.cpu._is_amx_tile_supported()
 
 

@@ -154,9 +154,9 @@ def make_experience(
 
     reference: may be the policy itself, if it has adapters.
     engine_is_exact: the engine samples from the trainer's own weights and its log-probabilities
-    are the policy's, so no second pass is made for `old_logprobs`. Nor is one where a batch makes
-    a single optimizer step: `update` takes them from that step's own pass, and until then those
-    of the engine stand for them.
+    are the policy's, so no second pass is made for `old_logprobs`. Nor is one where
+    `first_pass_on_policy`: `update` takes them from that pass, and until then those of the engine
+    stand for them.
     """
     rollouts = found.rollouts
     device = policy.device
@@ -177,7 +177,7 @@ def make_experience(
             lambda: None,
         )
 
-    if engine_is_exact or single_update(config):
+    if engine_is_exact or first_pass_on_policy(config):
         old_logprobs = rollout_logprobs
     else:
         old_logprobs = logprobs_of(policy)
@@ -204,9 +204,12 @@ def make_experience(
     )
 
 
-def single_update(config: OnlineConfig) -> bool:
-    """Whether a rollout batch makes one optimizer step, so that all of it is on policy."""
-    return config.num_epochs * config.num_mini_batches == 1
+def first_pass_on_policy(config: OnlineConfig) -> bool:
+    """Whether the first pass over a rollout batch ends before the first optimizer step.
+
+    What it says of all tokens is then what the policy said before it was updated.
+    """
+    return config.num_mini_batches == 1
 
 
 def _mask(rollouts: Sequence[Rollout], width: int, mask_truncated: bool) -> Tensor:

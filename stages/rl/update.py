@@ -21,7 +21,7 @@ from stages.optimization import Optimizer
 from stages.precision import weights_held
 from stages.rl.algorithms import OnlineAlgorithm
 from stages.rl.experience import Credit, Experience, TrainBatch
-from stages.rl.rollouts import single_update
+from stages.rl.rollouts import first_pass_on_policy
 from stages.rollout.types import Rollout
 from stages.shared_critic import Critic, SharedCritic
 from stages.stability import Stability, Unstable
@@ -83,6 +83,9 @@ def update(
     Raises Unstable where the whole rollout batch must not stand.
     """
     batch = train_batch(experience, credit)
+    fills_in = not engine_is_exact and first_pass_on_policy(config)
+    if fills_in:
+        batch = replace(batch, old_logprobs=batch.old_logprobs.clone())
     found: list[dict[str, float]] = []
     for rows in _mini_batches(experience, config, seed):
         _refuse_untrainable(batch.completion_mask[rows])
@@ -99,6 +102,7 @@ def update(
                             algorithm,
                             config,
                             engine_is_exact,
+                            fills_in and not found,
                             stability,
                             max_tokens,
                         ),
@@ -154,10 +158,14 @@ def _policy_gradient(
     algorithm: OnlineAlgorithm,
     config: OnlineConfig,
     engine_is_exact: bool,
+    fill_in: bool,
     stability: Stability,
     max_tokens: int,
 ) -> dict[str, float]:
-    """Gradient of the policy's loss; with a shared critic, of the value loss too, in one pass."""
+    """Gradient of the policy's loss; with a shared critic, of the value loss too, in one pass.
+
+    fill_in: no update has been made, so this pass says what `batch.old_logprobs` are.
+    """
     critic = learner.shared_critic
     mask = batch.completion_mask[rows]
     total = denominator(
@@ -169,7 +177,6 @@ def _policy_gradient(
         sums |= _NO_CRITIC_LOSS
     learner.policy.train()
     for chosen in _micro(experience, rows, max_tokens):
-        micro = batch.select(chosen)
         logprobs, entropy, values = completion_outputs(
             learner.policy,
             critic,
@@ -177,8 +184,9 @@ def _policy_gradient(
             experience.width,
             config.sampling.temperature,
         )
-        if not engine_is_exact and single_update(config):
-            micro = replace(micro, old_logprobs=logprobs.detach())
+        if fill_in:
+            batch.old_logprobs[chosen] = logprobs.detach()
+        micro = batch.select(chosen)
         token_loss = algorithm.loss(logprobs, micro)
         per_token = token_loss.per_token
         if not engine_is_exact:

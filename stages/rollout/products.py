@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stages.core.products import has_onednn
+from stages.core import kernels
+from stages.core.products import has_amx, has_onednn
+
+# Rows of a weight of which the cache of a core holds a panel, and then the next one.
+_MOST_CACHED = 4096
 
 
 @dataclass(frozen=True)
@@ -78,19 +82,11 @@ class Product:
             ]
             self._bias = torch.cat(biases).to(dtype)
         self._adapters = _stacked(maps, dtype)
-        self._packed = _has_packed_products(weight)
-        # The layout does not depend on the number of rows; it wants one all the same.
-        self._weight = (
-            torch.ops.mkldnn._reorder_linear_weight(weight, 32) if self._packed else weight
-        )
+        self._multiplied = _multiplied(weight)
 
     def __call__(self, states: Tensor) -> Tensor:
         """[_T, out of all maps]."""
-        found: Tensor = (
-            torch.ops.mkldnn._linear_pointwise(states, self._weight, self._bias, "none", [], "")
-            if self._packed
-            else functional.linear(states, self._weight, self._bias)
-        )
+        found = self._multiplied(states, self._bias)
         if self._adapters is not None:
             down, up = self._adapters
             found += functional.linear(functional.linear(states, down), up)
@@ -109,6 +105,21 @@ def _stacked(maps: Sequence[LinearMap], dtype: torch.dtype) -> tuple[Tensor, Ten
         downs.append(down)
         ups.append(up)
     return torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype)
+
+
+def _multiplied(weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """(states, bias) -> their product with a weight, which is laid out for it."""
+    columns, size = weight.shape
+    if kernels.multiply(weight) and size <= _MOST_CACHED and not has_amx():
+        panels = kernels.panels(weight)
+        return lambda states, bias: kernels.product(states, panels, columns, bias)
+    if _has_packed_products(weight):
+        # The layout does not depend on the number of rows; it wants one all the same.
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
+        return lambda states, bias: torch.ops.mkldnn._linear_pointwise(
+            states, packed, bias, "none", [], ""
+        )
+    return lambda states, bias: functional.linear(states, weight, bias)
 
 
 def _has_packed_products(weight: Tensor) -> bool:

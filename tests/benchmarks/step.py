@@ -61,9 +61,9 @@ from stages.rl.algorithms import online_algorithm
 from stages.rl.rollouts import (
     PromptRecord,
     ScoredRollouts,
+    first_pass_on_policy,
     make_experience,
     shared_prompt,
-    single_update,
 )
 from stages.rl.update import Learner, update
 from stages.rollout.engine import build_engine
@@ -281,7 +281,7 @@ def _online(
             )
 
     training = 6 * args.num_epochs
-    of_policy = training + 2 * (not (exact or single_update(online)))
+    of_policy = training + 2 * (not (exact or first_pass_on_policy(online)))
     passes = [(policy, of_policy)]
     passes += [(model, 2) for model in (reference, reward_model) if model is not None]
     if critic is not None:

@@ -4,14 +4,17 @@
     python -m tests.benchmarks.versus_trl --model FOLDER --algorithms sft,dpo,grpo --rounds 3
 
 Every round runs `step` here and `trl_step` in TRL's own environment, one after the other, for each
-algorithm and each of TRL's settings, so that a neighbour on the machine disturbs both alike. Prints
-one JSON line a measurement, then one with the median ratios, and these as a table: tokens a
-CPU-second and a second (ours over TRL's), and peak memory above what training has to hold, 16
-bytes for each parameter that an optimizer moves. --offline-lengths and --online-lengths say how
-long sequences are; the two sides draw the same lengths. Both have bf16 autocast, TRL's default, or
-with --precision float32 neither has: for a processor that does not multiply in bfloat16. TRL's
-defaults compute layers again in the backward pass, which saves memory and costs time:
---also-checkpointed measures us once more, doing that too.
+algorithm and each of TRL's settings, so that a neighbour on the machine disturbs both alike. Each
+side's process has the environment that its users' have: here that of the launcher of stages, with
+its settings of glibc's allocator, and for TRL's `defaults` the one at hand. `allocator` is TRL's
+defaults with our settings of the allocator, `fastest` its fastest settings with these as well.
+Prints one JSON line a measurement, then one with the median ratios, and these as a table: tokens a
+CPU-second and a second (ours over TRL's), and peak memory above what training has to hold, 16 bytes
+for each parameter that an optimizer moves. --offline-lengths and --online-lengths say how long
+sequences are; the two sides draw the same lengths. Both have bf16 autocast, TRL's default, or with
+--precision float32 neither has: for a processor that does not multiply in bfloat16. TRL's defaults
+compute layers again in the backward pass, which saves memory and costs time: --also-checkpointed
+measures us once more, doing that too.
 
 TRL 1.16 has neither PPO nor PRM: --trl-python-ppo names the Python of an environment with TRL 1.12.
 PPO does TRL's amount of work on both sides: a policy, a critic of its own, a reference and a reward
@@ -38,6 +41,12 @@ from tests.benchmarks.workload import ALGORITHMS, OFFLINE
 HERE = Path(__file__).parent
 _BYTES_A_PARAMETER = 16  # weights, gradient and two moments in float32
 _PPO_EPOCHS = 4  # TRL's default
+_LAUNCHED = {"GLIBC_TUNABLES": MALLOC_SETTINGS}
+_SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
+    "defaults": ("defaults", {}),
+    "allocator": ("defaults", _LAUNCHED),
+    "fastest": ("fastest", _LAUNCHED),
+}
 _OURS, _CHECKPOINTED = "posttrain", "posttrain, checkpointed"
 _COLUMNS = ("tokens_a_cpu_second", "tokens_a_second", "memory_above_state")
 
@@ -64,13 +73,15 @@ def measurements(args: argparse.Namespace, algorithm: str) -> Iterator[dict[str,
         for tokens in (args.micro_batch_tokens, args.trl_micro_batch_tokens)
     )
     ours = [sys.executable, "-m", "tests.benchmarks.step", *work, *budget]
-    yield _run(ours) | {"who": _OURS}
+    yield _run(ours, _LAUNCHED) | {"who": _OURS}
     if args.also_checkpointed:
-        yield _run([*ours, "--gradient-checkpointing"]) | {"who": _CHECKPOINTED}
+        yield _run([*ours, "--gradient-checkpointing"], _LAUNCHED) | {"who": _CHECKPOINTED}
     python = args.trl_python_ppo if algorithm in ("ppo", "prm") else args.trl_python
-    for settings in args.settings.split(","):
-        command = [python, str(HERE / "trl_step.py"), *work, *trl_budget, "--settings", settings]
-        yield _run(command) | {"who": f"TRL {settings}"}
+    for settings in args.settings:
+        command = [python, str(HERE / "trl_step.py"), *work, *trl_budget]
+        trainer, environment = _SETTINGS[settings]
+        command += ["--settings", trainer]
+        yield _run(command, environment) | {"who": f"TRL {settings}"}
 
 
 def work_of(args: argparse.Namespace, algorithm: str) -> list[str]:
@@ -144,10 +155,9 @@ def _ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _run(command: list[str]) -> dict[str, Any]:
-    # As in the launcher of stages, for both.
-    environment = {**os.environ, "GLIBC_TUNABLES": MALLOC_SETTINGS, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+def _run(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    whole = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=whole)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     document: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -160,11 +170,23 @@ def _lengths(text: str) -> tuple[int, int, int]:
     return int(prompt), int(shortest), int(longest or shortest)
 
 
+def _settings(text: str) -> list[str]:
+    found = text.split(",")
+    if unknown := [one for one in found if one not in _SETTINGS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(_SETTINGS)}")
+    return found
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument("--algorithms", default=",".join(ALGORITHMS))
-    parser.add_argument("--settings", default="defaults,fastest", help="TRL's, one or both")
+    parser.add_argument(
+        "--settings",
+        type=_settings,
+        default="defaults,fastest",
+        help=f"TRL's, of {', '.join(_SETTINGS)}; see above",
+    )
     parser.add_argument(
         "--also-checkpointed", action="store_true", help="ours with gradient_checkpointing too"
     )

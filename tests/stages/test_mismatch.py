@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,17 @@ def config(**changes: Any) -> RLConfig:
 
 
 def gradient(
-    folder: Path, settings: RLConfig, noise: Tensor | None, advantages: Tensor, exact: bool
+    folder: Path,
+    settings: RLConfig,
+    noise: Tensor | None,
+    advantages: Tensor,
+    exact: bool,
+    stability: Stability | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Gradients of one update, with engine log-probabilities that are off by `noise`."""
+    """Gradients of the last pass, with engine log-probabilities that are off by `noise`.
+
+    They stand for the policy's own, as the stage has it, unless the engine is exact.
+    """
     online: OnlineConfig | None = settings.online
     assert online is not None
     algorithm = online_algorithm(settings)
@@ -57,13 +66,15 @@ def gradient(
     rollouts = [Rollout([4, 5], list(ids), [0.0] * len(ids), "stop", 0, 0) for ids in COMPLETIONS]
     zeros = torch.zeros(3)
     found = ScoredRollouts(rollouts, RewardBreakdown(zeros, zeros, {}))
-    budget = TokenBudget(1000, "rl.online")
+    budget = TokenBudget(online.micro_batch_tokens or 1000, "rl.online")
     experience: Experience = make_experience(
         found, policy.eval(), None, None, config=online, budget=budget, engine_is_exact=False
     )
     old = all_completion_logprobs(policy, experience.sequences, experience.width, 1000, 1.0)
     off = old if noise is None else old - noise
-    experience = replace(experience, old_logprobs=old, rollout_logprobs=off)
+    experience = replace(
+        experience, old_logprobs=old if exact else off, rollout_logprobs=off.clone()
+    )
     optimizer = Optimizer.create(policy, algorithm.optimizer, 1)
     kept: dict[str, Tensor] = {}
     for name, parameter in policy.named_parameters():
@@ -79,7 +90,7 @@ def gradient(
         seed=0,
         train_policy=True,
         engine_is_exact=exact,
-        stability=Stability(StabilityConfig(), "rl.online.stability"),
+        stability=stability or Stability(StabilityConfig(), "rl.online.stability"),
         budget=budget,
         step=1,
         record_ids=lambda rollouts: [],
@@ -117,6 +128,48 @@ def test_each_token_is_weighted_by_how_much_likelier_the_trainer_finds_it(
     # k3 of the engine against the trainer, on the engine's samples.
     kl = ((NOISE.exp() - 1 - NOISE) * MASK).sum() / MASK.sum()
     assert metrics["mismatch_kl"] == pytest.approx(kl.item(), rel=1e-3)
+
+
+def test_later_passes_measure_against_what_the_first_one_found(tiny_folder: Path) -> None:
+    settings = config(num_epochs=3)
+    found, _ = gradient(tiny_folder, settings, NOISE, ADVANTAGES, exact=False)
+    # The weights are those of the first pass in all, so they are factors of the advantages.
+    weighted = ADVANTAGES * by_hand("token", 2.0)
+    expected, _ = gradient(tiny_folder, settings, None, weighted, exact=True)
+    unmoved, _ = gradient(tiny_folder, config(num_epochs=1), None, weighted, exact=True)
+    assert relative_distance(found, expected) < 1e-4
+    assert relative_distance(unmoved, expected) > 0.1
+
+
+class FirstLossIsNaN(Stability):
+    """Other micro-batches of its pass are then not come to."""
+
+    num_checked = 0
+
+    def check_loss(self, loss: float) -> None:
+        self.num_checked += 1
+        super().check_loss(math.nan if self.num_checked == 1 else loss)
+
+
+def test_after_a_pass_that_was_left_out_the_next_one_is_the_first(tiny_folder: Path) -> None:
+    skipping = FirstLossIsNaN(StabilityConfig(non_finite="skip"), "rl.online.stability")
+    found, _ = gradient(
+        tiny_folder,
+        config(num_epochs=2, micro_batch_tokens=8),
+        NOISE,
+        ADVANTAGES,
+        exact=False,
+        stability=skipping,
+    )
+    expected, _ = gradient(tiny_folder, config(num_epochs=1), NOISE, ADVANTAGES, exact=False)
+    assert skipping.num_checked > 2
+    assert relative_distance(found, expected) < 1e-5
+
+
+def relative_distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """|found - expected| / |expected|, of all gradients as one vector."""
+    one, other = (torch.cat([g.flatten() for g in all_.values()]) for all_ in (found, expected))
+    return float((one - other).norm() / other.norm())
 
 
 def test_a_mismatch_beyond_the_limit_stops_the_run(tiny_folder: Path) -> None:

@@ -212,7 +212,7 @@ class TestAgainstFloat64:
 def test_weight_gradients_by_a_transposed_copy(
     monkeypatch: pytest.MonkeyPatch, rows: int, columns: int
 ) -> None:
-    monkeypatch.setattr(products, "_has_amx", lambda: True)
+    monkeypatch.setattr(products, "has_amx", lambda: True)
     wide = drawn(rows, columns + 20, dtype=torch.bfloat16)
     states = drawn(rows, 6, dtype=torch.bfloat16)
     for grad in (wide[:, :columns], wide[:, 13 : 13 + columns], wide.T.contiguous().T[:, :columns]):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.core import kernels
 from stages.core.products import has_onednn, linear
 
 
@@ -76,3 +77,49 @@ def test_without_onednn_it_is_torchs_product(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not has_onednn(states)
     assert torch.equal(linear(states, weight), torch.nn.functional.linear(states, weight))
+
+
+@pytest.mark.skipif(
+    not kernels.multiply(torch.empty(1, 2, dtype=torch.bfloat16)),
+    reason="this processor multiplies no pairs of bfloat16",
+)
+class TestFewRows:
+    def test_two_by_two_by_hand(self) -> None:
+        states, weight = torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([[3.0, 4.0]])
+        panels = kernels.panels(weight.bfloat16())
+        found = kernels.product(states.bfloat16(), panels, 1, torch.tensor([0.5]))
+        # 1 * 3 + 2 * 4 + 0.5, and -1 * 4 + 0.5
+        assert found.tolist() == [[11.5], [-3.5]]
+
+    # Up to 14 rows go together, and 32 columns; of 300, panels lie in more than one group.
+    @pytest.mark.parametrize("rows", [0, 1, 5, 14, 15, 29, 100])
+    @pytest.mark.parametrize(("columns", "size"), [(1, 2), (31, 64), (33, 250), (300, 2048)])
+    @pytest.mark.parametrize("biased", [False, True])
+    def test_each_sum_is_that_of_float64_rounded_once(
+        self, rows: int, columns: int, size: int, biased: bool
+    ) -> None:
+        states, weight = drawn(rows, size).bfloat16(), drawn(columns, size, seed=1).bfloat16()
+        bias = drawn(columns, seed=2).bfloat16() if biased else None
+        found = kernels.product(states, kernels.panels(weight), columns, bias)
+        expected = states.double() @ weight.double().T + (0 if bias is None else bias.double())
+        assert found.dtype == torch.bfloat16 and found.shape == (rows, columns)
+        # Half of the last of 8 bits, and what sums in float32 lose.
+        lost = 2**-8 * expected.abs() + 1e-6 * size
+        assert bool(((found.double() - expected).abs() <= lost).all())
+
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_a_row_is_the_same_to_the_bit_in_any_company(self, threads: int) -> None:
+        states, weight = drawn(40, 576).bfloat16(), drawn(1000, 576, seed=1).bfloat16()
+        panels, before = kernels.panels(weight), torch.get_num_threads()
+        alone = [kernels.product(row[None], panels, 1000, None) for row in states]
+        try:
+            torch.set_num_threads(threads)
+            for rows in (states, states[:17], states.flip(0)[23:].flip(0)):
+                found = kernels.product(rows, panels, 1000, None)
+                assert torch.equal(found, torch.cat(alone[: len(rows)]))
+        finally:
+            torch.set_num_threads(before)
+
+    def test_an_odd_size_is_not_taken(self) -> None:
+        assert not kernels.multiply(torch.empty(4, 3, dtype=torch.bfloat16))
+        assert not kernels.multiply(torch.empty(4, 2))
