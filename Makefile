@@ -98,7 +98,7 @@ clean:
 	rm -f stages/core/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(wildcard stages/core/*.c)
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(wildcard stages/core/*.c stages/core/*.h)
 	@echo "setting up $(VENV): a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --retries 0 torch $(TORCH_INDEX)

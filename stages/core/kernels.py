@@ -1,4 +1,4 @@
-"""The functions of `kernels.c` and `products.c` for tensors.
+"""The functions of `kernels.c`, `products.c` and `decoder.c` for tensors.
 
 They go through memory once where torch does several times. For contiguous tensors on processors, in
 float32 and bfloat16. They are compiled when the project is installed; where no compiler was there,
@@ -47,9 +47,10 @@ _SIGNATURES = {
     "token_logprobs": "llpipfppppi",
     "token_logprobs_backward": "llpipfpppi",
     "transpose": "lllppi",
+    "multiply": "lllppppii",
+    "decode": "lpppii",
 }
-_OF_BFLOAT16 = {"product": "lllppppi"}  # of the build for AVX512-BF16 alone
-_PANEL = 32  # columns of a weight that `product` reads together
+_CONSTANTS = ("columns_of_a_panel", "multiplies_bfloat16")
 
 
 def serve(*tensors: Tensor) -> bool:
@@ -208,7 +209,7 @@ def attend(
     result = torch.empty(rows, heads, dim, dtype=q.dtype)
     columns = width + num_drawn
     num_threads = _threads(rows * heads * columns)
-    work = torch.empty(num_threads, _QUERIES * (2 * dim + columns))
+    work = torch.empty(num_threads, attention_work(dim, columns))
     _call(
         "attend", rows * heads * columns, rows, keys, group, dim, q.stride(0), q, scale,
         prompt_of_row, lengths, width, *prompts, num_drawn, room, *own, result, FORMATS[q.dtype],
@@ -269,41 +270,109 @@ def transposed(states: Tensor) -> Tensor:
     return result
 
 
-def multiply(weight: Tensor) -> bool:
+def multiplies(weight: Tensor) -> bool:
     """Whether `product` can multiply by a weight [columns, size]."""
-    return (
-        "product" in _functions()
-        and weight.is_cpu
-        and weight.dtype == torch.bfloat16
-        and weight.shape[1] % 2 == 0
+    if not serve(weight):
+        return False
+    return weight.dtype == torch.float32 or (
+        _functions()["multiplies_bfloat16"] and weight.shape[1] % 2 == 0
     )
 
 
 def panels(weight: Tensor) -> Tensor:
-    """A weight [columns, size] as `product` reads it: [panels, size / 2, 32, 2]."""
-    columns, size = weight.shape
-    filled = functional.pad(weight, (0, 0, 0, -columns % _PANEL)).contiguous()
-    # A pair of numbers moves as one.
-    pairs = filled.view(torch.int32).view(-1, _PANEL, size // 2).transpose(1, 2).contiguous()
-    return pairs.view(weight.dtype).view(-1, size // 2, _PANEL, 2)
+    """A weight [columns, size] as `product` reads it: [panels, words, columns of a panel].
+
+    A word is a number of float32 or a pair of bfloat16; here it is an int32 of the same bits.
+    """
+    words = _filled(weight).view(torch.int32)
+    return (
+        words.view(-1, _functions()["columns_of_a_panel"], words.shape[1])
+        .transpose(1, 2)
+        .contiguous()
+    )
+
+
+def panels_of_bias(bias: Tensor) -> Tensor:
+    """A bias [columns] as `product` reads it, float32."""
+    return _filled(bias.float()[:, None])[:, 0].contiguous()
 
 
 def product(states: Tensor, weight: Tensor, columns: int, bias: Tensor | None) -> Tensor:
-    """states [rows, size] times `panels` of a weight [columns, size], transposed, plus bias
-    [columns]: [rows, columns], bfloat16.
+    """states [rows, size] times a weight [columns, size], transposed, plus a bias [columns]:
+    [rows, columns].
 
-    Made for few rows. The bias is added in float32, before rounding. A row's result is the same to
-    the bit whatever the others are.
+    The weight and the bias come as `panels` and `panels_of_bias`. Made for few rows. A row's result
+    is the same to the bit whatever the others are.
     """
     states = states.contiguous()
     rows, size = states.shape
-    assert states.dtype == torch.bfloat16 and weight.is_contiguous()
-    assert weight.shape == (-(-columns // _PANEL), size // 2, _PANEL, 2) and size % 2 == 0
+    words = size * states.element_size() // 4
+    assert weight.is_contiguous() and weight.shape[1] == words
+    assert 0 <= weight.shape[0] * weight.shape[2] - columns < weight.shape[2]
+    assert bias is None or bias.numel() == weight.shape[0] * weight.shape[2]
     result = states.new_empty(rows, columns)
-    if bias is not None:
-        bias = functional.pad(bias.float(), (0, -columns % _PANEL))
-    _call("product", rows * size * columns, rows, size, columns, states, weight, bias, result)
+    _call(
+        "multiply", rows * size * columns, rows, size, columns, states, weight, bias, result,
+        FORMATS[states.dtype],
+    )  # fmt: skip
     return result
+
+
+class DecoderLayer(ctypes.Structure):
+    """`Layer` of decoder.c."""
+
+    _fields_ = [
+        *(
+            (name, _POINTER)
+            for name in (
+                "norm", "mlp_norm", "qkv", "output", "gate_and_up", "down", "qkv_bias",
+                "output_bias", "gate_and_up_bias", "down_bias", "prompt_keys", "prompt_values",
+                "own_keys", "own_values",
+            )
+        ),
+        *((name, _FLOAT) for name in ("epsilon", "mlp_epsilon", "scale")),
+    ]  # fmt: skip
+
+
+class DecoderBatch(ctypes.Structure):
+    """`Batch` of decoder.c."""
+
+    _fields_ = [
+        *(
+            (name, _LONG)
+            for name in (
+                "rows", "hidden", "key_heads", "group", "dim", "inner", "width", "drawn", "room",
+            )
+        ),
+        *(
+            (name, _POINTER)
+            for name in (
+                "prompt_of_row", "lengths", "turns", "normed", "found", "wide", "mixed", "scales",
+                "work",
+            )
+        ),
+        ("work_size", _LONG),
+    ]  # fmt: skip
+
+
+def decode_(
+    states: Tensor, layers: ctypes.Array[DecoderLayer], batch: DecoderBatch, dtype: torch.dtype
+) -> None:
+    """Overwrites states, float32 [rows, hidden], with what the layers make of them.
+
+    Their products are in dtype. Whoever fills in the structures answers for what they point at.
+    """
+    assert states.is_contiguous() and states.dtype == torch.float32
+    functions = _functions()
+    functions["decode"](
+        len(layers), ctypes.addressof(layers), ctypes.addressof(batch), states.data_ptr(),
+        FORMATS[dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def attention_work(dim: int, columns: int) -> int:
+    """Numbers that a thread needs for `attend` or `decode_`, of float32."""
+    return _QUERIES * (2 * dim + columns)
 
 
 def build() -> str:
@@ -323,20 +392,25 @@ def _threads(num_elements: int) -> int:
     return min(torch.get_num_threads(), num_elements // _LEAST_ELEMENTS + 1)
 
 
+def _filled(values: Tensor) -> Tensor:
+    """With rows of zeros behind [rows, size], up to whole panels."""
+    return functional.pad(values, (0, 0, 0, -len(values) % _functions()["columns_of_a_panel"]))
+
+
 @cache
 def _functions() -> dict[str, Any]:
-    """By name; none where they cannot be used, and a line in the log says why."""
+    """By name, and what the build says of itself; none where they cannot be used, and a line in the
+    log says why."""
     try:
         library = _loaded(build())
     except OSError as error:
         logger.info("layers compute by torch's own operations, which takes longer: %s", error)
         return {}
-    found = [name for name in _OF_BFLOAT16 if hasattr(library, name)]
-    signatures = _SIGNATURES | {name: _OF_BFLOAT16[name] for name in found}
-    functions = {name: getattr(library, name) for name in signatures}
+    functions: dict[str, Any] = {name: getattr(library, name) for name in _SIGNATURES}
     for name, function in functions.items():
-        function.argtypes = [_KINDS[kind] for kind in signatures[name]]
+        function.argtypes = [_KINDS[kind] for kind in _SIGNATURES[name]]
         function.restype = None
+    functions |= {name: ctypes.c_int.in_dll(library, name).value for name in _CONSTANTS}
     return functions
 
 

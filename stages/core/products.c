@@ -1,93 +1,118 @@
-/* Products of bfloat16 where sampling spends its time: few rows, one a sequence, and weights that no
- * cache holds.
+/* Products where sampling spends its time: few rows, one a sequence, and weights that no cache holds.
  *
- * A weight [columns, size] comes in panels of 32 columns, each [size / 2, 32, 2], with zeros for what
- * lacks in the last one: what a processor with AVX512-BF16 reads at once lies together, and all of it
- * in the order in which it is read. While all rows are multiplied by a panel, a later one is asked
- * for, so that a product takes as long as the multiplications or as the memory, not as both. Sums are
- * in float32. A row's result depends neither on other rows nor on the number of threads.
+ * A weight [columns, size] comes in panels of as many columns as two vectors have numbers, each
+ * [size, columns] in float32 and [size / 2, columns, 2] in bfloat16, with zeros for what lacks in the
+ * last one: it lies in the order in which it is read. While all rows are multiplied by a panel, a
+ * later one is asked for, so that a product takes as long as the multiplications or as the memory,
+ * not as both. Sums are in float32. A row's result depends neither on other rows nor on the number
+ * of threads.
  */
-#include <immintrin.h>
-#include <omp.h>
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
-#define INLINE static inline __attribute__((always_inline))
+#include "kernels.h"
 
-enum { COLUMNS = 32, VECTORS = COLUMNS / 16, /* of a panel */
-       TOGETHER = 14,                        /* rows whose sums fill the registers */
-       LINE = 64, CACHED = 1 << 18 };        /* bytes: read at once; of panels, a share of the L2 */
+/* A word is what a row gives to one step of a sum: a number of float32, or a pair of bfloat16. */
+enum { OF_A_PANEL = 2, /* vectors */
+       WORD = 4,
+       LINE = 64,        /* bytes that are read at once */
+       CACHED = 1 << 18, /* bytes of panels, a share of the L2 */
+/* Rows whose sums stay in registers; and not more than an L1 has ways, as rows may lie whole pages
+ * apart. */
+#if defined(__AVX512F__)
+       ROWS_TOGETHER = 8
+#else
+       ROWS_TOGETHER = 6
+#endif
+};
 
-/* A product of rows that lie `size` apart with a panel. Rows of the result lie `columns` apart, and
- * the first `left` numbers of each are the panel's. Asks for what is at `next`, `step` bytes for
- * each pair. */
-INLINE void product_of(int rows, long size, long columns, long left, const uint16_t *states,
-                       const uint16_t *panel, const float *bias, uint16_t *result,
-                       const char *next, long step)
+const int columns_of_a_panel = OF_A_PANEL * WIDTH;
+#if defined(__AVX512BF16__)
+const int multiplies_bfloat16 = 1;
+#else
+const int multiplies_bfloat16 = 0;
+#endif
+
+INLINE Floats word_added(Floats sum, int32_t word, const char *weights, int format)
 {
-    __m512 sums[TOGETHER][VECTORS];
+#if defined(__AVX512BF16__)
+    if (format)
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(word),
+                                        (__m512bh)_mm512_loadu_si512(weights));
+#endif
+    (void)format;
+    float number;
+    memcpy(&number, &word, sizeof number);
+    return sum + all(number) * load(weights, 0, 0, WIDTH);
+}
+
+/* Rows that lie one after the other, times a panel. Rows of the result lie `columns` apart, and the
+ * first `left` numbers of each are the panel's. Asks for what is at `next`, `step` bytes for each
+ * word. */
+INLINE void multiply_rows(const int rows, long words, long columns, long left, const int32_t *states,
+                          const char *panel, const float *bias, void *result, int format,
+                          const char *next, long step)
+{
+    Floats sums[ROWS_TOGETHER][OF_A_PANEL];
     for (int row = 0; row < rows; row++)
-        for (int v = 0; v < VECTORS; v++)
-            sums[row][v] = bias ? _mm512_loadu_ps(bias + 16 * v) : _mm512_setzero_ps();
-    for (long pair = 0; pair < size / 2; pair++, panel += 2 * COLUMNS, next += step) {
-        __m512bh weights[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            weights[v] = (__m512bh)_mm512_loadu_si512(panel + 32 * v);
-            _mm_prefetch(next + LINE * v, _MM_HINT_T1);
-        }
-        for (int row = 0; row < rows; row++) {
-            int32_t both;
-            memcpy(&both, states + row * size + 2 * pair, sizeof both);
-            __m512bh state = (__m512bh)_mm512_set1_epi32(both);
-            for (int v = 0; v < VECTORS; v++)
-                sums[row][v] = _mm512_dpbf16_ps(sums[row][v], state, weights[v]);
-        }
-    }
-    for (int v = 0; v < VECTORS; v++) {
-        long count = left - 16 * v < 0 ? 0 : left - 16 * v;
-        __mmask16 mask = (__mmask16)(count < 16 ? (1 << count) - 1 : 0xffff);
+        for (int v = 0; v < OF_A_PANEL; v++)
+            sums[row][v] = bias ? load(bias, 0, v * WIDTH, WIDTH) : all(0.f);
+    for (long word = 0; word < words; word++, next += step) {
+        for (int v = 0; v < OF_A_PANEL; v++)
+            __builtin_prefetch(next + LINE * v, 0, 2);
         for (int row = 0; row < rows; row++)
-            _mm256_mask_storeu_epi16(result + row * columns + 16 * v, mask,
-                                     (__m256i)_mm512_cvtneps_pbh(sums[row][v]));
+            for (int v = 0; v < OF_A_PANEL; v++)
+                sums[row][v] = word_added(sums[row][v], states[row * words + word],
+                                          panel + (word * OF_A_PANEL + v) * WORD * WIDTH, format);
     }
+    for (int row = 0; row < rows; row++)
+        for (int v = 0; v < OF_A_PANEL && v * WIDTH < left; v++)
+            store(result, format, row * columns + v * WIDTH,
+                  left - v * WIDTH < WIDTH ? left - v * WIDTH : WIDTH, sums[row][v]);
 }
 
 #define CASE(count)                                                                                \
     case count:                                                                                    \
-        product_of(count, size, columns, left, states, panel, bias, result, next, step);           \
+        format ? multiply_rows(count, words, columns, left, states, panel, bias, result, 1, next,  \
+                               step)                                                               \
+               : multiply_rows(count, words, columns, left, states, panel, bias, result, 0, next,  \
+                               step);                                                              \
         break;
 
 /* The same, with code of its own for each number of rows. */
-static void product_of_rows(long rows, long size, long columns, long left, const uint16_t *states,
-                            const uint16_t *panel, const float *bias, uint16_t *result,
-                            const char *next, long step)
+static void multiply_some(long rows, long words, long columns, long left, const int32_t *states,
+                          const char *panel, const float *bias, void *result, int format,
+                          const char *next, long step)
 {
     switch (rows) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
-        CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if defined(__AVX512F__)
+        CASE(7) CASE(8)
+#endif
     }
 }
 
 /* result [rows, columns] = states [rows, size] times the weight, plus bias, which is NULL or as long
- * as the panels; size is even. */
-void product(long rows, long size, long columns, const uint16_t *states, const uint16_t *panels,
-             const float *bias, uint16_t *result, int threads)
+ * as the panels. In bfloat16, which not every build has, size is even. */
+void multiply(long rows, long size, long columns, const void *states, const void *panels,
+              const float *bias, void *result, int format, int threads)
 {
-    long blocks = (rows + TOGETHER - 1) / TOGETHER, panel = COLUMNS * size;
+    long words = format ? size / 2 : size, width = OF_A_PANEL * WIDTH, panel = words * width * WORD;
+    long blocks = (rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER;
     /* All blocks together ask for one panel. */
-    long step = blocks ? (VECTORS * LINE + blocks - 1) / blocks : 0;
-    long several = CACHED / (2 * panel) ? CACHED / (2 * panel) * COLUMNS : COLUMNS;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long first = 0; first < columns; first += several) {
+    long step = blocks ? (OF_A_PANEL * LINE + blocks - 1) / blocks : 0;
+    long several = CACHED / panel ? CACHED / panel : 1;
+    ROWS
+    for (long first = 0; first < columns; first += several * width) {
         for (long block = 0; block < blocks; block++) {
             long row = rows * block / blocks, count = rows * (block + 1) / blocks - row;
-            for (long column = first; column < columns && column < first + several;
-                 column += COLUMNS) {
-                const uint16_t *from = panels + column * size;
-                const char *next = (const char *)(from + several * size) + block * size / 2 * step;
-                product_of_rows(count, size, columns, columns - column, states + row * size, from,
-                                bias ? bias + column : NULL, result + row * columns + column, next,
-                                step);
+            for (long column = first; column < columns && column < first + several * width;
+                 column += width) {
+                const char *from = (const char *)panels + column / width * panel;
+                multiply_some(count, words, columns, columns - column,
+                              (const int32_t *)states + row * words, from,
+                              bias ? bias + column : NULL,
+                              at(result, format, row * columns + column), format,
+                              from + several * panel + block * words * step, step);
             }
         }
     }

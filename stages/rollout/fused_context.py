@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from stages.core import kernels
 from stages.exact_attention import exact_attention
 from stages.packing import pack
+from stages.rollout.decoder_step import DecoderStep, fits
 from stages.rollout.fused_decoder import FusedDecoder
 
 # A full cache gets a quarter more room, and this many tokens at least: see `stages.rollout.cache`.
@@ -59,6 +60,7 @@ class FusedContext:
     ) -> None:
         """Run the decoder on the prompts, once, each a row of the batch until `select`."""
         self._decoder = decoder
+        self._step = DecoderStep(decoder) if fits(decoder) else None
         self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=decoder.device)
         self._turns = decoder.turns(int(self._lengths.max()) + num_new_tokens)
         batch = pack([[] for _ in prompts], prompts, device=decoder.device)
@@ -108,9 +110,17 @@ class FusedContext:
             for own in self._own:
                 own.grow(self._num_drawn)
         self._num_drawn += 1
-        states = self._decoder.states(tokens, self._turns[self._positions], self._attend)
+        states = self._states(tokens, self._turns[self._positions])
         self._positions = self._positions + 1
         self.logits = self._decoder.logits(states)
+
+    def _states(self, tokens: Tensor, turn: Tensor) -> Tensor:
+        if self._step is None:
+            return self._decoder.states(tokens, turn, self._attend)
+        self._step.point_at(self._prompts, self._own)
+        sizes = self._prompts[0].keys.shape[2], self._num_drawn, self._own[0].keys.shape[2]
+        states = self._decoder.embedded(tokens)
+        return self._step(states, turn, self._prompt_of_row, self._lengths, sizes)
 
     def _attend(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one token a row, to its prompt and to what the row has drawn."""

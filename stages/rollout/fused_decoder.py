@@ -55,7 +55,7 @@ class _Norm:
         return elementwise.rms_norm(states.float(), self.weight, self.epsilon, self.dtype)[0]
 
 
-class _Layer:
+class Layer:
     """One layer. Heads' dimensions are stored in pairs that rotate together, not in halves."""
 
     def __init__(self, module: Any, dtype: torch.dtype) -> None:
@@ -66,28 +66,31 @@ class _Layer:
         self.num_heads = len(q.weight) // self.dim
         self.num_key_heads = len(k.weight) // self.dim
         paired = partial(_paired, dim=self.dim)
-        self._qkv = Product([q.with_outputs(paired), k.with_outputs(paired), v], dtype)
-        self._head_norms = [
+        qkv = Product([q.with_outputs(paired), k.with_outputs(paired), v], dtype)
+        self.head_norms = [
             _Norm.of(norm, dtype, _paired(norm.weight.detach(), self.dim))
             for norm in (getattr(attention, name, None) for name in sorted(_HEAD_NORMS))
             if norm is not None
         ]
-        self._output = Product([LinearMap.of(attention.o_proj)], dtype)
-        self._gate_and_up = Product([*map(LinearMap.of, (mlp.gate_proj, mlp.up_proj))], dtype)
-        self._activation = mlp.act_fn
-        self._down = Product([LinearMap.of(mlp.down_proj)], dtype)
-        self._norms = [
+        output = Product([LinearMap.of(attention.o_proj)], dtype)
+        gate_and_up = Product([*map(LinearMap.of, (mlp.gate_proj, mlp.up_proj))], dtype)
+        down = Product([LinearMap.of(mlp.down_proj)], dtype)
+        self.products = (qkv, output, gate_and_up, down)
+        self.inner: int = len(mlp.up_proj.weight)
+        self.activation = mlp.act_fn
+        self.norms = [
             _Norm.of(norm, dtype)
             for norm in (module.input_layernorm, module.post_attention_layernorm)
         ]
 
     def heads(self, states: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [_T, _H, _D] and k [_T, _K, _D], rotated, and v [_T, _K, _D]."""
-        found = self._qkv(self._norms[0](states)).view(len(states), -1, self.dim)
+        qkv = self.products[0]
+        found = qkv(self.norms[0](states)).view(len(states), -1, self.dim)
         num_rotated = self.num_heads + self.num_key_heads
         qk, v = found[:, :num_rotated], found[:, num_rotated:]
-        if self._head_norms:
-            k_norm, q_norm = self._head_norms
+        if self.head_norms:
+            k_norm, q_norm = self.head_norms
             qk = torch.cat([q_norm(qk[:, : self.num_heads]), k_norm(qk[:, self.num_heads :])], 1)
         pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))
         turned = torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(v.dtype)
@@ -95,9 +98,10 @@ class _Layer:
 
     def add(self, states: Tensor, mixed: Tensor) -> None:
         """Add to states [_T, hidden] what attention has mixed, and then what the MLP makes."""
-        states += self._output(mixed)
-        gate, up = self._gate_and_up(self._norms[1](states)).chunk(2, dim=-1)
-        states += self._down(_opened(self._activation, gate, up))
+        _, output, gate_and_up, down = self.products
+        states += output(mixed)
+        gate, up = gate_and_up(self.norms[1](states)).chunk(2, dim=-1)
+        states += down(_opened(self.activation, gate, up))
 
 
 class FusedDecoder:
@@ -106,8 +110,9 @@ class FusedDecoder:
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         backbone: Any = model.base_model
         head: Any = model.get_output_embeddings()
-        self.layers = [_Layer(layer, dtype) for layer in backbone.layers]
+        self.layers = [Layer(layer, dtype) for layer in backbone.layers]
         self.device = model.device
+        self.dtype = dtype
         self._embedding = backbone.embed_tokens.weight.detach()
         self._rotation = backbone.rotary_emb
         self._norm = _Norm.of(backbone.norm, dtype)
@@ -122,10 +127,14 @@ class FusedDecoder:
 
     def states(self, ids: Tensor, turn: Tensor, attend: Attend) -> Tensor:
         """What the layers make of ids [_T] at their positions' turns [_T, _D / 2]."""
-        states = functional.embedding(ids, self._embedding)
+        states = self.embedded(ids)
         for number, layer in enumerate(self.layers):
             layer.add(states, attend(number, *layer.heads(states, turn)))
         return states
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """What the first layer gets, [_T, hidden]."""
+        return functional.embedding(ids, self._embedding)
 
     def logits(self, states: Tensor) -> Tensor:
         """Of the tokens after those of states."""

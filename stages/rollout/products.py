@@ -74,23 +74,47 @@ class Product:
 
     def __init__(self, maps: Sequence[LinearMap], dtype: torch.dtype) -> None:
         weight = torch.cat([one.weight.to(dtype) for one in maps])
-        self._bias: Tensor | None = None
+        bias: Tensor | None = None
         if any(one.bias is not None for one in maps):
             biases = [
                 one.weight.new_zeros(len(one.weight)) if one.bias is None else one.bias
                 for one in maps
             ]
-            self._bias = torch.cat(biases).to(dtype)
-        self._adapters = _stacked(maps, dtype)
-        self._multiplied = _multiplied(weight)
+            bias = torch.cat(biases).to(dtype)
+        self.adapters = _stacked(maps, dtype)
+        self.panels: Panels | None = None
+        if _prefers_panels(weight):
+            self.panels = Panels.of(weight, bias)
+            self._multiply: Callable[[Tensor], Tensor] = self.panels
+        else:
+            self._multiply = _multiplied(weight, bias)
 
     def __call__(self, states: Tensor) -> Tensor:
         """[_T, out of all maps]."""
-        found = self._multiplied(states, self._bias)
-        if self._adapters is not None:
-            down, up = self._adapters
+        found = self._multiply(states)
+        if self.adapters is not None:
+            down, up = self.adapters
             found += functional.linear(functional.linear(states, down), up)
         return found
+
+
+@dataclass(frozen=True)
+class Panels:
+    """A weight and a bias, laid out for `kernels.product`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    columns: int
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> Panels:
+        """Of a weight [columns, size] and a bias [columns]."""
+        own = None if bias is None else kernels.panels_of_bias(bias)
+        return cls(kernels.panels(weight), own, len(weight))
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """[_T, columns] of states [_T, size]."""
+        return kernels.product(states, self.weight, self.columns, self.bias)
 
 
 def _stacked(maps: Sequence[LinearMap], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -107,19 +131,19 @@ def _stacked(maps: Sequence[LinearMap], dtype: torch.dtype) -> tuple[Tensor, Ten
     return torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype)
 
 
-def _multiplied(weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """(states, bias) -> their product with a weight, which is laid out for it."""
-    columns, size = weight.shape
-    if kernels.multiply(weight) and size <= _MOST_CACHED and not has_amx():
-        panels = kernels.panels(weight)
-        return lambda states, bias: kernels.product(states, panels, columns, bias)
-    if _has_packed_products(weight):
-        # The layout does not depend on the number of rows; it wants one all the same.
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
-        return lambda states, bias: torch.ops.mkldnn._linear_pointwise(
-            states, packed, bias, "none", [], ""
-        )
-    return lambda states, bias: functional.linear(states, weight, bias)
+def _prefers_panels(weight: Tensor) -> bool:
+    """Whether nothing multiplies few rows by the weight faster."""
+    amx = weight.dtype == torch.bfloat16 and has_amx()
+    return kernels.multiplies(weight) and weight.shape[1] <= _MOST_CACHED and not amx
+
+
+def _multiplied(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Products with a weight, by torch or oneDNN."""
+    if not _has_packed_products(weight):
+        return lambda states: functional.linear(states, weight, bias)
+    # The layout does not depend on the number of rows; it wants one all the same.
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
+    return lambda states: torch.ops.mkldnn._linear_pointwise(states, packed, bias, "none", [], "")
 
 
 def _has_packed_products(weight: Tensor) -> bool:

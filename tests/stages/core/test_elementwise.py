@@ -18,7 +18,7 @@ from torch.nn import functional
 from stages.core import elementwise, kernels, products
 from stages.core.logprobs import chunked_token_logprobs, weighted_logprob_sum
 
-SOURCE = Path(kernels.__file__).with_suffix(".c")
+SOURCES = sorted(map(str, Path(kernels.__file__).parent.glob("*.c")))
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 BUILDS = {
     "torch": True,
@@ -41,7 +41,7 @@ def sixteen_lanes(tmp_path_factory: pytest.TempPathFactory) -> str:
         pytest.skip("no C compiler here")
     built = tmp_path_factory.mktemp("kernels") / "sixteen.so"
     flags = ["-O1", "-fopenmp", "-fPIC", "-shared", "-DWIDTH=16", "-Wno-psabi", "-Wall", "-Werror"]
-    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(built), "-lm"], check=True)
+    subprocess.run([compiler, *flags, *SOURCES, "-o", str(built), "-lm"], check=True)
     return str(built)
 
 

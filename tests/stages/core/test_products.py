@@ -79,37 +79,48 @@ def test_without_onednn_it_is_torchs_product(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(linear(states, weight), torch.nn.functional.linear(states, weight))
 
 
-@pytest.mark.skipif(
-    not kernels.multiply(torch.empty(1, 2, dtype=torch.bfloat16)),
-    reason="this processor multiplies no pairs of bfloat16",
-)
+FORMATS = [
+    pytest.param(
+        dtype,
+        marks=pytest.mark.skipif(
+            not kernels.multiplies(torch.empty(1, 2, dtype=dtype)), reason="no kernel for it here"
+        ),
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
 class TestFewRows:
-    def test_two_by_two_by_hand(self) -> None:
+    def test_two_by_two_by_hand(self, dtype: torch.dtype) -> None:
         states, weight = torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([[3.0, 4.0]])
-        panels = kernels.panels(weight.bfloat16())
-        found = kernels.product(states.bfloat16(), panels, 1, torch.tensor([0.5]))
+        bias = kernels.panels_of_bias(torch.tensor([0.5]))
+        found = kernels.product(states.to(dtype), kernels.panels(weight.to(dtype)), 1, bias)
         # 1 * 3 + 2 * 4 + 0.5, and -1 * 4 + 0.5
         assert found.tolist() == [[11.5], [-3.5]]
 
-    # Up to 14 rows go together, and 32 columns; of 300, panels lie in more than one group.
-    @pytest.mark.parametrize("rows", [0, 1, 5, 14, 15, 29, 100])
+    # Up to 8 rows go together, and 32 columns; of 300, panels lie in more than one group.
+    @pytest.mark.parametrize("rows", [0, *range(1, 10), 29, 100])
     @pytest.mark.parametrize(("columns", "size"), [(1, 2), (31, 64), (33, 250), (300, 2048)])
     @pytest.mark.parametrize("biased", [False, True])
     def test_each_sum_is_that_of_float64_rounded_once(
-        self, rows: int, columns: int, size: int, biased: bool
+        self, dtype: torch.dtype, rows: int, columns: int, size: int, biased: bool
     ) -> None:
-        states, weight = drawn(rows, size).bfloat16(), drawn(columns, size, seed=1).bfloat16()
-        bias = drawn(columns, seed=2).bfloat16() if biased else None
-        found = kernels.product(states, kernels.panels(weight), columns, bias)
+        states, weight = drawn(rows, size).to(dtype), drawn(columns, size, seed=1).to(dtype)
+        bias = drawn(columns, seed=2).to(dtype) if biased else None
+        own = None if bias is None else kernels.panels_of_bias(bias)
+        found = kernels.product(states, kernels.panels(weight), columns, own)
         expected = states.double() @ weight.double().T + (0 if bias is None else bias.double())
-        assert found.dtype == torch.bfloat16 and found.shape == (rows, columns)
-        # Half of the last of 8 bits, and what sums in float32 lose.
-        lost = 2**-8 * expected.abs() + 1e-6 * size
+        assert found.dtype == dtype and found.shape == (rows, columns)
+        # Half of the last bit, and what sums in float32 lose.
+        lost = expected.abs() * torch.finfo(dtype).eps / 2 + 5e-7 * size
         assert bool(((found.double() - expected).abs() <= lost).all())
 
     @pytest.mark.parametrize("threads", [1, 2])
-    def test_a_row_is_the_same_to_the_bit_in_any_company(self, threads: int) -> None:
-        states, weight = drawn(40, 576).bfloat16(), drawn(1000, 576, seed=1).bfloat16()
+    def test_a_row_is_the_same_to_the_bit_in_any_company(
+        self, dtype: torch.dtype, threads: int
+    ) -> None:
+        states, weight = drawn(40, 576).to(dtype), drawn(1000, 576, seed=1).to(dtype)
         panels, before = kernels.panels(weight), torch.get_num_threads()
         alone = [kernels.product(row[None], panels, 1000, None) for row in states]
         try:
@@ -120,6 +131,6 @@ class TestFewRows:
         finally:
             torch.set_num_threads(before)
 
-    def test_an_odd_size_is_not_taken(self) -> None:
-        assert not kernels.multiply(torch.empty(4, 3, dtype=torch.bfloat16))
-        assert not kernels.multiply(torch.empty(4, 2))
+
+def test_pairs_of_bfloat16_are_no_odd_number() -> None:
+    assert not kernels.multiplies(torch.empty(4, 3, dtype=torch.bfloat16))

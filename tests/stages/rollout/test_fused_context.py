@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ from schemas.training import LoRAConfig
 from stages.adapters import add_adapters
 from stages.core import kernels
 from stages.precision import compute_dtype, computing, use_precision
+from stages.rollout import fused_context
 from stages.rollout.attention import decode_attention
+from stages.rollout.decoder_step import fits
 from stages.rollout.decoding import Context
 from stages.rollout.fused_context import FusedContext, computes_alike
 from stages.rollout.fused_decoder import FusedDecoder, looks_fusable
@@ -113,15 +116,35 @@ def by_one_pass(model: PreTrainedModel, tokens: Tensor) -> list[list[Tensor]]:
     return found
 
 
-@pytest.fixture(params=["by kernels", "by torch"])
-def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+BUILDS = {
+    "_kernels": True,
+    "_kernels_x86_64_v3": torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"),
+    "_kernels_x86_64_v4": torch.backends.cpu.get_cpu_capability() == "AVX512",
+    "_kernels_x86_64_v4_bf16": torch.cpu._is_avx512_bf16_supported(),
+}
+
+
+@pytest.fixture(params=[*BUILDS, "part by part", "by torch"])
+def any_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """By each build of the kernels, all layers in one call or part by part, and without any."""
     if request.param == "by torch":
         monkeypatch.setattr(kernels, "_functions", dict)
-    elif not kernels.serve(torch.zeros(1)):
-        pytest.skip("the kernels are not built here")
+        yield
+        return
+    if request.param == "part by part":
+        monkeypatch.setattr(fused_context, "fits", lambda decoder: False)
+        yield
+        return
+    if not BUILDS[request.param]:
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setattr(kernels, "build", lambda: request.param)
+    kernels._functions.cache_clear()
+    assert kernels._functions(), "pip install --editable . builds them"
+    yield
+    kernels._functions.cache_clear()
 
 
-@pytest.mark.usefixtures("either_way")
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("name", LIKE_LLAMA)
 def test_logits_are_those_of_one_pass(name: str) -> None:
     compare(made(LIKE_LLAMA[name]))
@@ -146,7 +169,7 @@ def compare(model: PreTrainedModel) -> None:
             assert (own - expected[row][number]).abs().max() < 1e-5 * size
 
 
-@pytest.mark.usefixtures("either_way")
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("name", ["grouped heads", "Qwen2", "Qwen3"])
 @torch.inference_mode()
 def test_bfloat16_rounds_where_the_layers_of_transformers_do(name: str) -> None:
@@ -170,6 +193,49 @@ def test_bfloat16_rounds_where_the_layers_of_transformers_do(name: str) -> None:
     assert mean["ours"] < 1.15 * mean["theirs"]
     assert mean["apart"] < 1.15 * mean["theirs"]
     assert mean["theirs"] < 0.02 * float(torch.cat(theirs).float().std())
+
+
+ONE_CALL = {
+    "grouped heads": True,
+    "a head of its own": True,
+    "biases everywhere": True,
+    "wide heads": False,  # another activation
+    "Qwen2": True,
+    "Qwen3": False,  # norms of heads
+}
+
+
+@pytest.mark.parametrize("name", ONE_CALL)
+@pytest.mark.skipif(not kernels.serve(torch.zeros(1)), reason="the kernels are not built here")
+def test_one_call_is_for_what_it_knows(name: str) -> None:
+    decoder = FusedDecoder(made(LIKE_LLAMA[name]), torch.float32)
+    assert fits(decoder) is ONE_CALL[name]
+    assert not fits(FusedDecoder(adapted(), torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_row_is_the_same_to_the_bit_in_any_company_and_by_any_number_of_threads(
+    dtype: torch.dtype,
+) -> None:
+    decoder = FusedDecoder(made(LIKE_LLAMA["grouped heads"]), dtype)
+    if not fits(decoder):
+        pytest.skip("this processor has no such kernel")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        prompts = [PROMPTS[0]] * 300  # enough for two threads
+        context = FusedContext(decoder, prompts, 3)
+        torch.set_num_threads(1)
+        alone = FusedContext(decoder, PROMPTS[:1], 3)
+        for token in (7, 8, 9):
+            torch.set_num_threads(2)
+            context.advance(torch.full((300,), token))
+            torch.set_num_threads(1)
+            alone.advance(torch.tensor([token]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(context.logits, alone.logits.expand(300, -1))
 
 
 def hooked() -> PreTrainedModel:
