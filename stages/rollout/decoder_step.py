@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,13 @@ from stages.core import kernels
 from stages.lean_layers import is_silu
 from stages.rollout.fused_decoder import FusedDecoder, Layer
 from stages.rollout.products import Product
+
+
+class KeysAndValues(Protocol):
+    """Of one layer, as `kernels.attend` takes them."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class DecoderStep:
@@ -27,7 +34,7 @@ class DecoderStep:
         for structure, layer in zip(self._layers, decoder.layers, strict=True):
             _fill_in(structure, layer)
 
-    def point_at(self, prompts: Sequence[Any], own: Sequence[Any]) -> None:
+    def point_at(self, prompts: Sequence[KeysAndValues], own: Sequence[KeysAndValues]) -> None:
         """Keys and values of prompts and of rows for each layer, to be kept by the caller."""
         for layer, shared, of_rows in zip(self._layers, prompts, own, strict=True):
             layer.prompt_keys, layer.prompt_values = _pointers(shared.keys, shared.values)
