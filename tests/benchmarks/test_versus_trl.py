@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from transformers.utils import import_utils
 
-from tests.benchmarks.versus_trl import _parser, ratios, table, work_of
+from tests.benchmarks import versus_trl
+from tests.benchmarks.versus_trl import _parser, measurements, ratios, table, work_of
 
 
 def line(who: str, round_: int, tokens: float, memory: int, work: int = 64) -> dict[str, Any]:
@@ -96,3 +97,30 @@ def test_no_module_here_is_taken_for_a_package() -> None:
     packages = set(re.findall(r'_is_package_available\("(\w+)"', source))
     assert {"kernels", "accelerate"} <= packages
     assert not packages & {path.stem for path in Path(__file__).parent.glob("*.py")}
+
+
+def test_trl_gets_settings_of_the_allocator_only_where_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[str, set[str]]] = []
+
+    def run(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+        calls.append((command[-1], set(environment)))
+        return {}
+
+    monkeypatch.setattr(versus_trl, "_run", run)
+    args = _parser().parse_args(["--model", "m", "--settings", "defaults,fastest+allocator"])
+    found = [one["who"] for one in measurements(args, "sft")]
+    assert found == ["posttrain", "TRL defaults", "TRL fastest+allocator"]
+    assert [environment for _, environment in calls] == [
+        {"GLIBC_TUNABLES"},
+        set(),
+        {"GLIBC_TUNABLES"},
+    ]
+    assert [last for last, _ in calls[1:]] == ["defaults", "fastest"]
+
+
+def test_settings_that_nobody_knows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["--model", "m", "--settings", "slowest"])
+    assert "'slowest' is none of defaults, fastest, " in capsys.readouterr().err

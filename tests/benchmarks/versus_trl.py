@@ -5,16 +5,15 @@
 
 Every round runs `step` here and `trl_step` in TRL's own environment, one after the other, for each
 algorithm and each of TRL's settings, so that a neighbour on the machine disturbs both alike. Each
-side's process has the environment that its users' have: here that of the launcher of stages, with
-its settings of glibc's allocator, and for TRL's `defaults` the one at hand. `allocator` is TRL's
-defaults with our settings of the allocator, `fastest` its fastest settings with these as well.
-Prints one JSON line a measurement, then one with the median ratios, and these as a table: tokens a
-CPU-second and a second (ours over TRL's), and peak memory above what training has to hold, 16 bytes
-for each parameter that an optimizer moves. --offline-lengths and --online-lengths say how long
-sequences are; the two sides draw the same lengths. Both have bf16 autocast, TRL's default, or with
---precision float32 neither has: for a processor that does not multiply in bfloat16. TRL's defaults
-compute layers again in the backward pass, which saves memory and costs time: --also-checkpointed
-measures us once more, doing that too.
+side's process has the environment that its users' have: ours that of the launcher of stages, with
+its settings of glibc's allocator, TRL's the one at hand, or with `+allocator` behind its settings
+ours too. Prints one JSON line a measurement, then one with the median ratios, and these as a table:
+tokens a CPU-second and a second (ours over TRL's), and peak memory above what training has to hold,
+16 bytes for each parameter that an optimizer moves. --offline-lengths and --online-lengths say how
+long sequences are; the two sides draw the same lengths. Both have bf16 autocast, TRL's default, or
+with --precision float32 neither has: for a processor that does not multiply in bfloat16. TRL's
+defaults compute layers again in the backward pass, which saves memory and costs time:
+--also-checkpointed measures us once more, doing that too.
 
 TRL 1.16 has neither PPO nor PRM: --trl-python-ppo names the Python of an environment with TRL 1.12.
 PPO does TRL's amount of work on both sides: a policy, a critic of its own, a reference and a reward
@@ -42,11 +41,7 @@ HERE = Path(__file__).parent
 _BYTES_A_PARAMETER = 16  # weights, gradient and two moments in float32
 _PPO_EPOCHS = 4  # TRL's default
 _LAUNCHED = {"GLIBC_TUNABLES": MALLOC_SETTINGS}
-_SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
-    "defaults": ("defaults", {}),
-    "allocator": ("defaults", _LAUNCHED),
-    "fastest": ("fastest", _LAUNCHED),
-}
+_SETTINGS = ("defaults", "fastest", "defaults+allocator", "fastest+allocator")
 _OURS, _CHECKPOINTED = "posttrain", "posttrain, checkpointed"
 _COLUMNS = ("tokens_a_cpu_second", "tokens_a_second", "memory_above_state")
 
@@ -79,9 +74,9 @@ def measurements(args: argparse.Namespace, algorithm: str) -> Iterator[dict[str,
     python = args.trl_python_ppo if algorithm in ("ppo", "prm") else args.trl_python
     for settings in args.settings:
         command = [python, str(HERE / "trl_step.py"), *work, *trl_budget]
-        trainer, environment = _SETTINGS[settings]
+        trainer, _, allocator = settings.partition("+")
         command += ["--settings", trainer]
-        yield _run(command, environment) | {"who": f"TRL {settings}"}
+        yield _run(command, _LAUNCHED if allocator else {}) | {"who": f"TRL {settings}"}
 
 
 def work_of(args: argparse.Namespace, algorithm: str) -> list[str]:
