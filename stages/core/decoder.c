@@ -28,12 +28,12 @@ typedef struct {
     long work_size;
 } Batch;
 
-/* Elements a thread, as in torch. */
-enum { LEAST = 1 << 15 };
+/* As in torch: of fewer, waking another thread takes longer. */
+const int elements_a_thread = 1 << 15;
 
 static int threads_for(long elements, int threads)
 {
-    long most = elements / LEAST + 1;
+    long most = elements / elements_a_thread + 1;
     return most < threads ? (int)most : threads;
 }
 

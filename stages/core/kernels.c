@@ -12,10 +12,11 @@
 #include "kernels.h"
 
 /* Of the functions and their arguments; `stages.core.kernels` calls no other. */
-const int interface_version = 4;
+const int interface_version = 5;
 
 enum { SUMMED = 4096, /* numbers that are added up in float32; sums of these, in double */
        ROWS_OF_A_SUM = 64 };
+const int rows_of_a_sum = ROWS_OF_A_SUM;
 
 /* scale = 1 / sqrt(mean x^2 + epsilon), result = x * scale * weight. */
 INLINE float rms_norm_row(long size, const float *x, const float *weight, float epsilon, void *y,
@@ -279,6 +280,7 @@ typedef struct {
 
 enum { TOGETHER = 4, /* queries of a key head that are worked through at once */
        SUMMED_BY_QUERY = 16 /* products that are added up, and then these sums: less rounding */ };
+const int queries_together = TOGETHER;
 
 /* result[g, i] = sum over k of factors[g, k] rows[k, i], added if `adds`, for `vectors` of n numbers
  * from i on; rows lie `stride` apart. Several sums at once, as each waits for its adder. */

@@ -25,11 +25,7 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _BUILDS = {"AVX512": "_kernels_x86_64_v4", "AVX2": "_kernels_x86_64_v3"}
 _WITH_BFLOAT16 = "_bf16"  # AVX512-BF16, which not all of the first have
 # What kernels.c says: files that an earlier installation has built may be around.
-_INTERFACE_VERSION = 4
-# Elements a thread, as in torch: below, waking another one takes longer.
-_LEAST_ELEMENTS = 2**15
-_ROWS_OF_A_SUM = 64
-_QUERIES = 4  # worked through at once by `attend`
+_INTERFACE_VERSION = 5
 
 _LONG, _FLOAT, _POINTER = ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 _KINDS = {"l": _LONG, "f": _FLOAT, "p": _POINTER, "i": ctypes.c_int}
@@ -50,7 +46,13 @@ _SIGNATURES = {
     "multiply": "lllppppii",
     "decode": "lpppii",
 }
-_CONSTANTS = ("columns_of_a_panel", "multiplies_bfloat16")
+_CONSTANTS = (
+    "rows_of_a_sum",
+    "queries_together",
+    "elements_a_thread",
+    "columns_of_a_panel",
+    "multiplies_bfloat16",
+)
 
 
 def serve(*tensors: Tensor) -> bool:
@@ -95,7 +97,7 @@ def rms_norm_backward(
     d_states = torch.empty_like(grad, dtype=torch.float32)
     rows, size = scales.numel(), grad.shape[-1]
     assert kept.shape == grad.shape and weight.numel() == size and grad.numel() == rows * size
-    d_weight = scales.new_empty(-(-rows // _ROWS_OF_A_SUM), size)
+    d_weight = scales.new_empty(-(-rows // _functions()["rows_of_a_sum"]), size)
     _call(
         "rms_norm_backward", grad.numel(), rows, size, kept, inverse, weight.contiguous(),
         scales.contiguous(), grad, FORMATS[grad.dtype], d_states, d_weight,
@@ -372,7 +374,8 @@ def decode_(
 
 def attention_work(dim: int, columns: int) -> int:
     """Numbers that a thread needs for `attend` or `decode_`, of float32."""
-    return _QUERIES * (2 * dim + columns)
+    queries: int = _functions()["queries_together"]
+    return queries * (2 * dim + columns)
 
 
 def build() -> str:
@@ -389,7 +392,8 @@ def _call(name: str, num_elements: int, *arguments: Any) -> None:
 
 
 def _threads(num_elements: int) -> int:
-    return min(torch.get_num_threads(), num_elements // _LEAST_ELEMENTS + 1)
+    least: int = _functions()["elements_a_thread"]
+    return min(torch.get_num_threads(), num_elements // least + 1)
 
 
 def _filled(values: Tensor) -> Tensor:

@@ -17,17 +17,9 @@ from torch.nn import functional
 
 from stages.core import elementwise, kernels, products
 from stages.core.logprobs import chunked_token_logprobs, weighted_logprob_sum
+from tests.stages.builds import BUILDS, in_use
 
 SOURCES = sorted(map(str, Path(kernels.__file__).parent.glob("*.c")))
-CAPABILITY = torch.backends.cpu.get_cpu_capability()
-BUILDS = {
-    "torch": True,
-    "_kernels": True,
-    "_kernels_x86_64_v3": CAPABILITY in ("AVX2", "AVX512"),
-    "_kernels_x86_64_v4": CAPABILITY == "AVX512",
-    "_kernels_x86_64_v4_bf16": torch.cpu._is_avx512_bf16_supported(),
-    "sixteen lanes": True,
-}
 # Whole vectors, rests, and less than one vector.
 SIZES = [1, 3, 8, 16, 17, 40, 100]
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -45,25 +37,13 @@ def sixteen_lanes(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(built)
 
 
-@pytest.fixture(params=BUILDS)
-def build(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], None]]:
-    name = request.param
-    if not BUILDS[name]:
-        pytest.skip(f"this processor has no {name}")
-    if name == "sixteen lanes":
+@pytest.fixture(params=["torch", *BUILDS, "sixteen lanes"])
+def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "sixteen lanes":
         path = request.getfixturevalue("sixteen_lanes")
         monkeypatch.setattr(kernels, "_loaded", lambda _: ctypes.CDLL(path))
-    if name == "torch":
-        monkeypatch.setattr(kernels, "_functions", dict)
+    with in_use(request.param, monkeypatch):
         yield
-        return
-    monkeypatch.setattr(kernels, "build", lambda: name)
-    kernels._functions.cache_clear()
-    assert kernels._functions()
-    yield
-    kernels._functions.cache_clear()
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -35,6 +35,7 @@ from stages.rollout.fused_context import FusedContext, computes_alike
 from stages.rollout.fused_decoder import FusedDecoder, looks_fusable
 from stages.rollout.native import NativeEngine
 from stages.rollout.products import LinearMap, Product
+from tests.stages.builds import BUILDS, in_use
 
 SIZES = {
     "vocab_size": 40,
@@ -116,32 +117,15 @@ def by_one_pass(model: PreTrainedModel, tokens: Tensor) -> list[list[Tensor]]:
     return found
 
 
-BUILDS = {
-    "_kernels": True,
-    "_kernels_x86_64_v3": torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"),
-    "_kernels_x86_64_v4": torch.backends.cpu.get_cpu_capability() == "AVX512",
-    "_kernels_x86_64_v4_bf16": torch.cpu._is_avx512_bf16_supported(),
-}
-
-
-@pytest.fixture(params=[*BUILDS, "part by part", "by torch"])
+@pytest.fixture(params=["torch", *BUILDS, "part by part"])
 def any_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """By each build of the kernels, all layers in one call or part by part, and without any."""
-    if request.param == "by torch":
-        monkeypatch.setattr(kernels, "_functions", dict)
-        yield
-        return
     if request.param == "part by part":
         monkeypatch.setattr(fused_context, "fits", lambda decoder: False)
         yield
         return
-    if not BUILDS[request.param]:
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setattr(kernels, "build", lambda: request.param)
-    kernels._functions.cache_clear()
-    assert kernels._functions(), "pip install --editable . builds them"
-    yield
-    kernels._functions.cache_clear()
+    with in_use(request.param, monkeypatch):
+        yield
 
 
 @pytest.mark.usefixtures("any_way")
