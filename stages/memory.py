@@ -23,12 +23,13 @@ _Result = TypeVar("_Result")
 _LEAST = 16
 
 _MOST = 16384
-# On processors: elements of the widest states of a layer, 6 MB in float32, which a core's share of
-# the cache holds. More tokens made no model faster, from 0.1 to 135 million parameters, and took up
-# to three times the memory beside the model's state (tests.benchmarks.step).
-_CACHED_ELEMENTS = 3 * 2**19
+# On processors: elements of the widest states of a layer, 4.7 MB in float32, which a core's share
+# of the cache holds. More tokens made no model more than 1% faster, from 0.1 to 135 million
+# parameters, and took up to three times the memory beside the model's state
+# (tests.benchmarks.step).
+_CACHED_ELEMENTS = 9 * 2**17
 # Below, what each micro-batch costs whatever its size, going through all gradients once, shows.
-_FEWEST = 1024
+_FEWEST = 768
 _ENOUGH = 8192
 _PROMPTS = 8
 

@@ -6,33 +6,16 @@
  */
 #include "vectors.h"
 
-#include <math.h>
 #include <omp.h>
 
 #include "kernels.h"
 
 /* Of the functions and their arguments; `stages.core.kernels` calls no other. */
-const int interface_version = 5;
+const int interface_version = 6;
 
 enum { SUMMED = 4096, /* numbers that are added up in float32; sums of these, in double */
        ROWS_OF_A_SUM = 64 };
 const int rows_of_a_sum = ROWS_OF_A_SUM;
-
-/* scale = 1 / sqrt(mean x^2 + epsilon), result = x * scale * weight. */
-INLINE float rms_norm_row(long size, const float *x, const float *weight, float epsilon, void *y,
-                          int format)
-{
-    Floats squares = {};
-    VECTORS(0, size, {
-        Floats some = load(x, 0, i, n);
-        squares += some * some;
-    });
-    float scale = 1.f / sqrtf(sum_of(squares) / (float)size + epsilon);
-    VECTORS(0, size, {
-        store(y, format, i, n, load(x, 0, i, n) * scale * load(weight, 0, i, n));
-    });
-    return scale;
-}
 
 void rms_norm(long rows, long size, const float *states, const float *weight, float epsilon,
               void *result, int format, float *scales, int threads)
@@ -41,8 +24,8 @@ void rms_norm(long rows, long size, const float *states, const float *weight, fl
     for (long row = 0; row < rows; row++) {
         const float *x = states + row * size;
         void *y = at(result, format, row * size);
-        scales[row] = format ? rms_norm_row(size, x, weight, epsilon, y, 1)
-                             : rms_norm_row(size, x, weight, epsilon, y, 0);
+        scales[row] = format ? rms_norm_row(size, x, 0, weight, epsilon, y, 1)
+                             : rms_norm_row(size, x, 0, weight, epsilon, y, 0);
     }
 }
 

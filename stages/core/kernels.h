@@ -14,6 +14,6 @@ void attend(long rows, long key_heads, long group, long dim, long stride, const 
             const void *own_keys, const void *own_values, void *result, int format, float *work,
             long work_size, int threads);
 void multiply(long rows, long size, long columns, const void *states, const void *panels,
-              const float *bias, void *result, int format, int threads);
+              const float *bias, int adds, void *result, int format, int threads);
 
 #endif

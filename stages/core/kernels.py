@@ -25,7 +25,7 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _BUILDS = {"AVX512": "_kernels_x86_64_v4", "AVX2": "_kernels_x86_64_v3"}
 _WITH_BFLOAT16 = "_bf16"  # AVX512-BF16, which not all of the first have
 # What kernels.c says: files that an earlier installation has built may be around.
-_INTERFACE_VERSION = 5
+_INTERFACE_VERSION = 6
 
 _LONG, _FLOAT, _POINTER = ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 _KINDS = {"l": _LONG, "f": _FLOAT, "p": _POINTER, "i": ctypes.c_int}
@@ -43,7 +43,7 @@ _SIGNATURES = {
     "token_logprobs": "llpipfppppi",
     "token_logprobs_backward": "llpipfpppi",
     "transpose": "lllppi",
-    "multiply": "lllppppii",
+    "multiply": "lllpppipii",
     "decode": "lpppii",
 }
 _CONSTANTS = (
@@ -314,26 +314,39 @@ def product(states: Tensor, weight: Tensor, columns: int, bias: Tensor | None) -
     assert bias is None or bias.numel() == weight.shape[0] * weight.shape[2]
     result = states.new_empty(rows, columns)
     _call(
-        "multiply", rows * size * columns, rows, size, columns, states, weight, bias, result,
+        "multiply", rows * size * columns, rows, size, columns, states, weight, bias, False, result,
         FORMATS[states.dtype],
     )  # fmt: skip
     return result
+
+
+class DecoderNorm(ctypes.Structure):
+    """`Norm` of decoder.c."""
+
+    _fields_ = [("weight", _POINTER), ("epsilon", _FLOAT)]
+
+
+class DecoderMap(ctypes.Structure):
+    """`Map` of decoder.c."""
+
+    _fields_ = [
+        ("weight", _POINTER),
+        ("bias", _POINTER),
+        ("adapter_down", _POINTER),
+        ("adapter_up", _POINTER),
+        ("rank", _LONG),
+    ]
 
 
 class DecoderLayer(ctypes.Structure):
     """`Layer` of decoder.c."""
 
     _fields_ = [
-        *(
-            (name, _POINTER)
-            for name in (
-                "norm", "mlp_norm", "qkv", "output", "gate_and_up", "down", "qkv_bias",
-                "output_bias", "gate_and_up_bias", "down_bias", "prompt_keys", "prompt_values",
-                "own_keys", "own_values",
-            )
-        ),
-        *((name, _FLOAT) for name in ("epsilon", "mlp_epsilon", "scale")),
-    ]  # fmt: skip
+        *((name, DecoderNorm) for name in ("norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, DecoderMap) for name in ("qkv", "output", "gate_and_up", "down")),
+        *((name, _POINTER) for name in ("prompt_keys", "prompt_values", "own_keys", "own_values")),
+        ("scale", _FLOAT),
+    ]
 
 
 class DecoderBatch(ctypes.Structure):
@@ -349,8 +362,8 @@ class DecoderBatch(ctypes.Structure):
         *(
             (name, _POINTER)
             for name in (
-                "prompt_of_row", "lengths", "turns", "normed", "found", "wide", "mixed", "scales",
-                "work",
+                "prompt_of_row", "lengths", "turns", "normed", "found", "wide", "mixed", "low",
+                "scales", "work",
             )
         ),
         ("work_size", _LONG),

@@ -46,16 +46,20 @@ INLINE Floats word_added(Floats sum, int32_t word, const char *weights, int form
 }
 
 /* Rows that lie one after the other, times a panel. Rows of the result lie `columns` apart, and the
- * first `left` numbers of each are the panel's. Asks for what is at `next`, `step` bytes for each
- * word. */
+ * first `left` numbers of each are the panel's; if `adds`, what is there is added. Asks for what is at
+ * `next`, `step` bytes for each word. */
 INLINE void multiply_rows(const int rows, long words, long columns, long left, const int32_t *states,
-                          const char *panel, const float *bias, void *result, int format,
-                          const char *next, long step)
+                          const char *panel, const float *bias, int adds, void *result,
+                          int format, const char *next, long step)
 {
     Floats sums[ROWS_TOGETHER][OF_A_PANEL];
     for (int row = 0; row < rows; row++)
         for (int v = 0; v < OF_A_PANEL; v++)
             sums[row][v] = bias ? load(bias, 0, v * WIDTH, WIDTH) : all(0.f);
+    for (int row = 0; adds && row < rows; row++)
+        for (int v = 0; v < OF_A_PANEL && v * WIDTH < left; v++)
+            sums[row][v] += load(result, format, row * columns + v * WIDTH,
+                                 left - v * WIDTH < WIDTH ? left - v * WIDTH : WIDTH);
     for (long word = 0; word < words; word++, next += step) {
         for (int v = 0; v < OF_A_PANEL; v++)
             __builtin_prefetch(next + LINE * v, 0, 2);
@@ -72,16 +76,16 @@ INLINE void multiply_rows(const int rows, long words, long columns, long left, c
 
 #define CASE(count)                                                                                \
     case count:                                                                                    \
-        format ? multiply_rows(count, words, columns, left, states, panel, bias, result, 1, next,  \
-                               step)                                                               \
-               : multiply_rows(count, words, columns, left, states, panel, bias, result, 0, next,  \
-                               step);                                                              \
+        format ? multiply_rows(count, words, columns, left, states, panel, bias, adds, result, 1,  \
+                               next, step)                                                         \
+               : multiply_rows(count, words, columns, left, states, panel, bias, adds, result, 0,  \
+                               next, step);                                                        \
         break;
 
 /* The same, with code of its own for each number of rows. */
 static void multiply_some(long rows, long words, long columns, long left, const int32_t *states,
-                          const char *panel, const float *bias, void *result, int format,
-                          const char *next, long step)
+                          const char *panel, const float *bias, int adds, void *result,
+                          int format, const char *next, long step)
 {
     switch (rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
@@ -92,9 +96,10 @@ static void multiply_some(long rows, long words, long columns, long left, const 
 }
 
 /* result [rows, columns] = states [rows, size] times the weight, plus bias, which is NULL or as long
- * as the panels. In bfloat16, which not every build has, size is even. */
+ * as the panels, plus what the result was if `adds`. In bfloat16, which not every build has, size is
+ * even. */
 void multiply(long rows, long size, long columns, const void *states, const void *panels,
-              const float *bias, void *result, int format, int threads)
+              const float *bias, int adds, void *result, int format, int threads)
 {
     long words = format ? size / 2 : size, width = OF_A_PANEL * WIDTH, panel = words * width * WORD;
     long blocks = (rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER;
@@ -110,7 +115,7 @@ void multiply(long rows, long size, long columns, const void *states, const void
                 const char *from = (const char *)panels + column / width * panel;
                 multiply_some(count, words, columns, columns - column,
                               (const int32_t *)states + row * words, from,
-                              bias ? bias + column : NULL,
+                              bias ? bias + column : NULL, adds,
                               at(result, format, row * columns + column), format,
                               from + several * panel + block * words * step, step);
             }

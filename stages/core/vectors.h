@@ -3,6 +3,7 @@
 #ifndef VECTORS_H
 #define VECTORS_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__AVX512F__)
@@ -230,6 +231,22 @@ INLINE Floats exponential(Floats x)
 INLINE Floats sigmoid(Floats x)
 {
     return 1.f / (1.f + exponential(-x));
+}
+
+/* scale = 1 / sqrt(mean x^2 + epsilon), result = x * scale * weight, which may be where x is. */
+INLINE float rms_norm_row(long size, const void *x, int x_format, const float *weight, float epsilon,
+                          void *result, int format)
+{
+    Floats squares = {};
+    VECTORS(0, size, {
+        Floats some = load(x, x_format, i, n);
+        squares += some * some;
+    });
+    float scale = 1.f / sqrtf(sum_of(squares) / (float)size + epsilon);
+    VECTORS(0, size, {
+        store(result, format, i, n, load(x, x_format, i, n) * scale * load(weight, 0, i, n));
+    });
+    return scale;
 }
 
 #endif

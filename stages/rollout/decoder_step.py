@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from stages.core import kernels
 from stages.lean_layers import is_silu
-from stages.rollout.fused_decoder import FusedDecoder, Layer
-from stages.rollout.products import Product
+from stages.rollout.fused_decoder import FusedDecoder, Layer, Norm
+from stages.rollout.products import Multiply, Panels, Product
+
+_MAPS = ("qkv", "output", "gate_and_up", "down")
 
 
 class KeysAndValues(Protocol):
@@ -33,6 +35,8 @@ class DecoderStep:
         self._layers = (kernels.DecoderLayer * len(decoder.layers))()
         for structure, layer in zip(self._layers, decoder.layers, strict=True):
             _fill_in(structure, layer)
+        maps = [getattr(one, name) for one in self._layers for name in _MAPS]
+        self._greatest_rank: int = max(one.rank for one in maps)
 
     def point_at(self, prompts: Sequence[KeysAndValues], own: Sequence[KeysAndValues]) -> None:
         """Keys and values of prompts and of rows for each layer, to be kept by the caller."""
@@ -68,6 +72,7 @@ class DecoderStep:
             torch.empty(rows, hidden, dtype=dtype),
             torch.empty(rows, max(heads, 2 * inner), dtype=dtype),
             torch.empty(rows, max(query_heads, inner), dtype=dtype),
+            torch.empty(rows, self._greatest_rank, dtype=dtype),
             torch.empty(rows),
             torch.empty(torch.get_num_threads(), work_size),
         ]
@@ -89,29 +94,40 @@ class DecoderStep:
 def fits(decoder: FusedDecoder) -> bool:
     """Whether each part is one that decoder.c knows."""
     return all(
-        not layer.head_norms
-        and is_silu(layer.activation)
-        and all(one.panels is not None and one.adapters is None for one in layer.products)
+        is_silu(layer.activation)
+        and all(isinstance(part, Panels) for one in layer.products for part in _parts(one))
         for layer in decoder.layers
     )
 
 
 def _fill_in(structure: kernels.DecoderLayer, layer: Layer) -> None:
-    names = ("qkv", "output", "gate_and_up", "down")
-    for name, product in zip(names, layer.products, strict=True):
-        weight, bias = _panels(product)
-        setattr(structure, name, weight)
-        setattr(structure, f"{name}_bias", bias)
-    norm, mlp_norm = layer.norms
-    structure.norm, structure.mlp_norm = _pointers(norm.weight, mlp_norm.weight)
-    structure.epsilon, structure.mlp_epsilon = norm.epsilon, mlp_norm.epsilon
+    for name, norm in zip(("norm", "mlp_norm"), layer.norms, strict=True):
+        setattr(structure, name, _norm(norm))
+    if layer.head_norms:
+        structure.k_norm, structure.q_norm = map(_norm, layer.head_norms)
+    for name, product in zip(_MAPS, layer.products, strict=True):
+        setattr(structure, name, _map(product))
     structure.scale = layer.scaling
 
 
-def _panels(product: Product) -> tuple[int, int | None]:
-    assert product.panels is not None
-    bias = product.panels.bias
-    return product.panels.weight.data_ptr(), None if bias is None else bias.data_ptr()
+def _norm(norm: Norm) -> kernels.DecoderNorm:
+    return kernels.DecoderNorm(*_pointers(norm.weight), norm.epsilon)
+
+
+def _map(product: Product) -> kernels.DecoderMap:
+    panels = cast(list[Panels], _parts(product))
+    weight, *adapter = (one.weight for one in panels)
+    bias = panels[0].bias
+    found = kernels.DecoderMap(*_pointers(weight), None if bias is None else bias.data_ptr())
+    if adapter:
+        found.adapter_down, found.adapter_up = _pointers(*adapter)
+        found.rank = panels[1].columns
+    return found
+
+
+def _parts(product: Product) -> list[Multiply]:
+    """The map itself, and its adapter's down and up."""
+    return [product.map, *(product.adapter or ())]
 
 
 def _pointers(*tensors: Tensor) -> list[int]:

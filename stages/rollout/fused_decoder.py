@@ -39,7 +39,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class _Norm:
+class Norm:
     """x / sqrt(mean x^2 + epsilon) * weight (Zhang and Sennrich 2019, eq. 4), in float32."""
 
     weight: Tensor
@@ -47,11 +47,13 @@ class _Norm:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, module: Any, dtype: torch.dtype, weight: Tensor | None = None) -> _Norm:
+    def of(cls, module: Any, dtype: torch.dtype, weight: Tensor | None = None) -> Norm:
+        """Of a module that `looks_fusable` has found plain, with another order of its weight."""
         weight = module.weight.detach() if weight is None else weight
         return cls(weight, module.variance_epsilon, dtype)
 
     def __call__(self, states: Tensor) -> Tensor:
+        """Of states [..., size], in dtype."""
         return elementwise.rms_norm(states.float(), self.weight, self.epsilon, self.dtype)[0]
 
 
@@ -68,7 +70,7 @@ class Layer:
         paired = partial(_paired, dim=self.dim)
         qkv = Product([q.with_outputs(paired), k.with_outputs(paired), v], dtype)
         self.head_norms = [
-            _Norm.of(norm, dtype, _paired(norm.weight.detach(), self.dim))
+            Norm.of(norm, dtype, _paired(norm.weight.detach(), self.dim))
             for norm in (getattr(attention, name, None) for name in sorted(_HEAD_NORMS))
             if norm is not None
         ]
@@ -79,7 +81,7 @@ class Layer:
         self.inner: int = len(mlp.up_proj.weight)
         self.activation = mlp.act_fn
         self.norms = [
-            _Norm.of(norm, dtype)
+            Norm.of(norm, dtype)
             for norm in (module.input_layernorm, module.post_attention_layernorm)
         ]
 
@@ -115,7 +117,7 @@ class FusedDecoder:
         self.dtype = dtype
         self._embedding = backbone.embed_tokens.weight.detach()
         self._rotation = backbone.rotary_emb
-        self._norm = _Norm.of(backbone.norm, dtype)
+        self._norm = Norm.of(backbone.norm, dtype)
         self._head = Product([LinearMap.of(head)], dtype)
 
     def turns(self, num_positions: int) -> Tensor:

@@ -13,6 +13,9 @@ from torch.nn import functional
 from stages.core import kernels
 from stages.core.products import has_amx, has_onednn
 
+Multiply = Callable[[Tensor], Tensor]
+"""[_T, in] -> [_T, out]."""
+
 # Rows of a weight of which the cache of a core holds a panel, and then the next one.
 _MOST_CACHED = 4096
 
@@ -81,20 +84,19 @@ class Product:
                 for one in maps
             ]
             bias = torch.cat(biases).to(dtype)
-        self.adapters = _stacked(maps, dtype)
-        self.panels: Panels | None = None
-        if _prefers_panels(weight):
-            self.panels = Panels.of(weight, bias)
-            self._multiply: Callable[[Tensor], Tensor] = self.panels
-        else:
-            self._multiply = _multiplied(weight, bias)
+        self.map = _laid_out(weight, bias)
+        self.adapter: tuple[Multiply, Multiply] | None = None
+        adapters = _stacked(maps, dtype)
+        if adapters is not None:
+            down, up = adapters
+            self.adapter = _of_adapter(down), _of_adapter(up)
 
     def __call__(self, states: Tensor) -> Tensor:
         """[_T, out of all maps]."""
-        found = self._multiply(states)
-        if self.adapters is not None:
-            down, up = self.adapters
-            found += functional.linear(functional.linear(states, down), up)
+        found = self.map(states)
+        if self.adapter is not None:
+            down, up = self.adapter
+            found += up(down(states))
         return found
 
 
@@ -131,19 +133,28 @@ def _stacked(maps: Sequence[LinearMap], dtype: torch.dtype) -> tuple[Tensor, Ten
     return torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype)
 
 
-def _prefers_panels(weight: Tensor) -> bool:
-    """Whether nothing multiplies few rows by the weight faster."""
-    amx = weight.dtype == torch.bfloat16 and has_amx()
-    return kernels.multiplies(weight) and weight.shape[1] <= _MOST_CACHED and not amx
-
-
-def _multiplied(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Products with a weight, by torch or oneDNN."""
+def _laid_out(weight: Tensor, bias: Tensor | None) -> Multiply:
+    """Products with a weight, by our kernel, oneDNN or torch, whichever is the fastest."""
+    if _prefers_panels(weight):
+        return Panels.of(weight, bias)
     if not _has_packed_products(weight):
         return lambda states: functional.linear(states, weight, bias)
     # The layout does not depend on the number of rows; it wants one all the same.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
     return lambda states: torch.ops.mkldnn._linear_pointwise(states, packed, bias, "none", [], "")
+
+
+def _of_adapter(weight: Tensor) -> Multiply:
+    """Products with a small weight, which oneDNN's own layout does nothing for."""
+    if _prefers_panels(weight):
+        return Panels.of(weight, None)
+    return lambda states: functional.linear(states, weight)
+
+
+def _prefers_panels(weight: Tensor) -> bool:
+    """Whether nothing multiplies few rows by the weight faster than our kernel."""
+    amx = weight.dtype == torch.bfloat16 and has_amx()
+    return kernels.multiplies(weight) and weight.shape[1] <= _MOST_CACHED and not amx
 
 
 def _has_packed_products(weight: Tensor) -> bool:

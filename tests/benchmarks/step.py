@@ -26,6 +26,7 @@ from stages.imports import hide_unused_packages
 hide_unused_packages()
 
 import argparse
+import gc
 import json
 import platform
 import resource
@@ -82,6 +83,7 @@ _PEAK_SECONDS = 4.0
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, or what is given in its place."""
+    gc.freeze()  # as in a stage's process: see `stages.imports.import_stage`
     parser = _parser()
     args = parser.parse_args(arguments)
     try:

@@ -25,8 +25,8 @@ CPU_MESSAGE = "DefaultCPUAllocator: can't allocate memory: you tried to allocate
 
 @pytest.mark.parametrize(
     ("width", "tokens"),
-    # 1,572,864 elements of the widest states, between 1,024 and 8,192 tokens.
-    [(64, 8192), (688, 2286), (1024, 1536), (1536, 1024), (18944, 1024)],
+    # 1,179,648 elements of the widest states, between 768 and 8,192 tokens.
+    [(64, 8192), (688, 1714), (1024, 1152), (1536, 768), (18944, 768)],
 )
 def test_a_micro_batch_on_a_processor_is_what_the_cache_holds(width: int, tokens: int) -> None:
     model = _layers(width)
@@ -37,7 +37,7 @@ def test_a_micro_batch_on_a_processor_is_what_the_cache_holds(width: int, tokens
 @pytest.mark.parametrize(
     ("prompt", "tokens"),
     # At most an eighth of a micro-batch, unless a GPU's does not suffice.
-    [(100.0, 1024), (200.0, 1600), (1500.5, 12004), (4000.0, 16384)],
+    [(90.0, 768), (200.0, 1600), (1500.5, 12004), (4000.0, 16384)],
 )
 def test_a_shared_prompt_is_a_small_part_of_a_micro_batch(prompt: float, tokens: int) -> None:
     model = _layers(1536)
@@ -62,11 +62,11 @@ def test_a_micro_batch_on_other_devices_keeps_them_busy() -> None:
 def test_neither_vocabulary_nor_a_matrix_for_each_expert_counts() -> None:
     model = _layers(1536)
     model.embedding = nn.Embedding(49152, 8)
-    assert tokens_at_once(None, model) == 1024
+    assert tokens_at_once(None, model) == 768
     layers = model.layers
     assert isinstance(layers, nn.ModuleList)
     layers[0].experts = nn.Parameter(torch.zeros(4096, 2, 8))
-    assert tokens_at_once(None, model) == 1024
+    assert tokens_at_once(None, model) == 768
 
 
 def _layers(width: int) -> nn.Module:

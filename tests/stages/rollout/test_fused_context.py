@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -80,6 +81,21 @@ LIKE_LLAMA = {
 }
 
 
+def adapted(
+    target_modules: str | tuple[str, ...] = "all-linear",
+    rank: int = 2,
+    name: str = "biases everywhere",
+) -> PreTrainedModel:
+    model = made(LIKE_LLAMA[name])
+    settings = LoRAConfig(rank=rank, alpha=3, target_modules=target_modules)
+    add_adapters(model, settings, section="rl.online.lora", seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
 def can_fuse(model: PreTrainedModel) -> bool:
     return looks_fusable(model) and computes_alike(model)
 
@@ -134,6 +150,7 @@ def test_logits_are_those_of_one_pass(name: str) -> None:
     compare(made(LIKE_LLAMA[name]))
 
 
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("target_modules", ["all-linear", ("q_proj", "v_proj"), ("up_proj",)])
 def test_adapters_have_their_say(target_modules: str | tuple[str, ...]) -> None:
     compare(adapted(target_modules))
@@ -153,12 +170,17 @@ def compare(model: PreTrainedModel) -> None:
             assert (own - expected[row][number]).abs().max() < 1e-5 * size
 
 
+DRAWN = {name: partial(made, LIKE_LLAMA[name]) for name in ("grouped heads", "Qwen2", "Qwen3")} | {
+    "adapters": partial(adapted, name="Qwen3", rank=4)
+}
+
+
 @pytest.mark.usefixtures("any_way")
-@pytest.mark.parametrize("name", ["grouped heads", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("name", DRAWN)
 @torch.inference_mode()
 def test_bfloat16_rounds_where_the_layers_of_transformers_do(name: str) -> None:
     """Errors against float32 are as large, on average over 40 tokens."""
-    model = use_precision(made(LIKE_LLAMA[name]), "bfloat16")
+    model = use_precision(DRAWN[name](), "bfloat16")
     tokens = drawn()
     decoder = FusedDecoder(model, compute_dtype(model))
     ours = steps(FusedContext(decoder, PROMPTS, len(tokens)), tokens)
@@ -185,7 +207,7 @@ ONE_CALL = {
     "biases everywhere": True,
     "wide heads": False,  # another activation
     "Qwen2": True,
-    "Qwen3": False,  # norms of heads
+    "Qwen3": True,  # norms of heads
 }
 
 
@@ -194,15 +216,24 @@ ONE_CALL = {
 def test_one_call_is_for_what_it_knows(name: str) -> None:
     decoder = FusedDecoder(made(LIKE_LLAMA[name]), torch.float32)
     assert fits(decoder) is ONE_CALL[name]
-    assert not fits(FusedDecoder(adapted(), torch.float32))
+
+
+@pytest.mark.skipif(
+    not kernels.multiplies(torch.empty(2, 2, dtype=torch.bfloat16)), reason="no kernel for it here"
+)
+def test_one_call_is_for_adapters_whose_rank_the_kernel_multiplies() -> None:
+    assert fits(FusedDecoder(adapted(rank=3), torch.float32))
+    assert fits(FusedDecoder(adapted(rank=2), torch.bfloat16))
+    assert not fits(FusedDecoder(adapted(rank=3), torch.bfloat16))  # pairs, and 3 is odd
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["grouped heads", "adapters"])
 @torch.inference_mode()
 def test_a_row_is_the_same_to_the_bit_in_any_company_and_by_any_number_of_threads(
-    dtype: torch.dtype,
+    name: str, dtype: torch.dtype
 ) -> None:
-    decoder = FusedDecoder(made(LIKE_LLAMA["grouped heads"]), dtype)
+    decoder = FusedDecoder(DRAWN[name](), dtype)
     if not fits(decoder):
         pytest.skip("this processor has no such kernel")
     before = torch.get_num_threads()
@@ -226,17 +257,6 @@ def hooked() -> PreTrainedModel:
     model = made(LIKE_LLAMA["grouped heads"])
     model.base_model.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
     return model
-
-
-def adapted(target_modules: str | tuple[str, ...] = "all-linear") -> PreTrainedModel:
-    model = made(LIKE_LLAMA["biases everywhere"])
-    settings = LoRAConfig(rank=2, alpha=3, target_modules=target_modules)
-    add_adapters(model, settings, section="rl.online.lora", seed=0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def silent() -> PreTrainedModel:
