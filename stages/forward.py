@@ -21,7 +21,7 @@ from stages.core.logprobs import chunked_token_logprobs, weighted_logprob_sum
 from stages.memory import tokens_at_once
 from stages.models import head_of
 from stages.packing import PackedBatch, like_prompts, micro_batches, pack
-from stages.precision import compute_dtype, computing, held_copy
+from stages.precision import compute_dtype, computing, held_copy, weights_held
 from stages.shared_critic import Critic, SharedCritic
 
 # Logits held at once, as elements of [chunk, vocabulary]: 128 MiB in fp32.
@@ -208,10 +208,11 @@ def all_completion_logprobs(
 ) -> Tensor:
     """`completion_logprobs` without gradient, in micro-batches: see `tokens_at_once`."""
     out = torch.zeros(len(sequences), width, device=model.device)
-    for indices in sequences.best_micro_batches(max_tokens, model):
-        heartbeat.beat(f"computing log-probabilities of {len(sequences)} completions")
-        logprobs, _ = completion_logprobs(model, sequences.select(indices), width, temperature)
-        out[indices] = logprobs.float()
+    with weights_held(model):
+        for indices in sequences.best_micro_batches(max_tokens, model):
+            heartbeat.beat(f"computing log-probabilities of {len(sequences)} completions")
+            logprobs, _ = completion_logprobs(model, sequences.select(indices), width, temperature)
+            out[indices] = logprobs.float()
     return out.clone()
 
 
@@ -222,18 +223,23 @@ def all_completion_values(
     """Values before each token [_B, width], and after the last one [_B], without gradient."""
     values = torch.zeros(len(sequences), width, device=model.device)
     after = torch.zeros(len(sequences), device=model.device)
-    for indices in sequences.micro_batches(max_tokens):
-        heartbeat.beat(f"computing values of {len(sequences)} completions")
-        chosen = sequences.select(indices)
-        positions = [
-            range(len(prompt) - 1, len(prompt) + len(completion))
-            for prompt, completion in zip(chosen.prompt_ids, chosen.completion_ids, strict=True)
-        ]
-        states = scores_at(model, chosen, positions)[:, 0].split([len(own) for own in positions])
-        for index, own in zip(indices, states, strict=True):
-            values[index, : len(own) - 1] = own[:-1]
-            after[index] = own[-1]
+    with weights_held(model):
+        for indices in sequences.micro_batches(max_tokens):
+            heartbeat.beat(f"computing values of {len(sequences)} completions")
+            for index, own in zip(indices, _values(model, sequences.select(indices)), strict=True):
+                values[index, : len(own) - 1] = own[:-1]
+                after[index] = own[-1]
     return values.clone(), after.clone()
+
+
+def _values(model: Critic, sequences: Sequences) -> tuple[Tensor, ...]:
+    """A critic's values of each sequence, from the last token of its prompt to its own last."""
+    positions = [
+        range(len(prompt) - 1, len(prompt) + len(completion))
+        for prompt, completion in zip(sequences.prompt_ids, sequences.completion_ids, strict=True)
+    ]
+    found = scores_at(model, sequences, positions)[:, 0]
+    return torch.split(found, [len(own) for own in positions])
 
 
 def _completion_index(

@@ -411,7 +411,8 @@ def _threads(num_elements: int) -> int:
 
 def _filled(values: Tensor) -> Tensor:
     """With rows of zeros behind [rows, size], up to whole panels."""
-    return functional.pad(values, (0, 0, 0, -len(values) % _functions()["columns_of_a_panel"]))
+    lacking = -len(values) % _functions()["columns_of_a_panel"]
+    return functional.pad(values, (0, 0, 0, lacking)) if lacking else values
 
 
 @cache

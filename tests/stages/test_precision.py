@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from schemas.rl import SamplingConfig
-from stages.forward import Sequences, completion_logprobs
+from stages.forward import Sequences, all_completion_logprobs, completion_logprobs
 from stages.gradient_checkpointing import use_gradient_checkpointing
+from stages.lean_layers import HeldWeights
 from stages.precision import compute_dtype, freeze, held_copy, use_precision, weights_held
 from stages.rollout.native import NativeEngine
 
@@ -102,6 +106,28 @@ def test_a_head_is_turned_into_bfloat16_once_in_a_region() -> None:
     use_gradient_checkpointing(model, True, "rl.online")
     with weights_held(model):
         assert held_copy(model, weight, torch.bfloat16) is None
+
+
+def test_passes_without_gradient_turn_each_weight_into_bfloat16_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, other = fresh("bfloat16"), fresh("bfloat16")
+    copies: dict[int, list[torch.Tensor]] = defaultdict(list)
+    plain = HeldWeights.of
+
+    def seen(self: HeldWeights, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        found = plain(self, weight, dtype)
+        copies[id(weight)].append(found)
+        return found
+
+    monkeypatch.setattr(HeldWeights, "of", seen)
+    found = all_completion_logprobs(model, SEQUENCES, 60, 70, 1.0)
+    assert len(copies) == 3 * 7 + 1  # maps of the layers, and the head
+    assert all(len(each) == 2 and each[0] is each[1] for each in copies.values())
+    assert held_copy(model, model.get_output_embeddings().weight, torch.bfloat16) is None
+    for row in range(3):
+        alone, _ = completion_logprobs(other, SEQUENCES.select([row]), 60)
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=0, atol=0.02)
 
 
 def test_a_region_may_begin_with_inference_and_go_on_with_training() -> None:
