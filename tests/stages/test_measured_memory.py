@@ -114,7 +114,7 @@ def test_what_is_not_given_is_what_serves_the_narrowest_choice_of_the_models(
     monkeypatch.setattr(measured_memory, "free_bytes", lambda device: MUCH)
     assert fitted_budget(None, "sft", [narrow], _made(tmp_path / "sft")).tokens == 8192
     both = fitted_budget(None, "rl.online", [narrow, wide], _made(tmp_path / "online"))
-    assert both.tokens == 3 * 2**19 // 512
+    assert both.tokens == 9 * 2**17 // 512
     monkeypatch.setattr(measured_memory, "free_bytes", lambda device: 0)
     assert fitted_budget(None, "sft", [narrow], _made(tmp_path / "little")).tokens == 16
 
