@@ -81,7 +81,7 @@ def changed_code(recorded: dict[str, str]) -> list[str]:
     for name, digest in sorted(recorded.items()):
         spec = _find_spec(name)
         origin = spec.origin if spec is not None else None
-        if origin is None:
+        if origin is None or not origin.endswith(".py"):  # those built into Python have names there
             changed.append(name.replace(".", "/") + ".py")
         elif _file_code_digest(Path(origin)) != digest:
             changed.append(_relative_file(name, Path(origin)))
@@ -139,6 +139,8 @@ def _find_spec(name: str) -> ModuleSpec | None:
     path: list[str] | None = None
     spec: ModuleSpec | None = None
     parts = name.split(".")
+    if not all(map(str.isidentifier, parts)):  # finders take it for granted
+        return None
     for depth in range(len(parts)):
         partial = ".".join(parts[: depth + 1])
         found = (finder.find_spec(partial, path) for finder in sys.meta_path)
@@ -207,12 +209,15 @@ def _relative_file(name: str, origin: Path) -> str:
 
 
 def _file_code_digest(path: Path) -> str:
-    """Of a module, and of the C file beside it that it calls, if there is one."""
+    """Of a module, and if a C file has its name, of all C files and headers beside it."""
     digest = _digest_of_version(path, path.stat().st_mtime_ns)
-    compiled = path.with_suffix(".c")
-    if not compiled.is_file():
+    if not path.with_suffix(".c").is_file():
         return digest
-    return hashlib.sha256(digest.encode() + compiled.read_bytes()).hexdigest()
+    found = hashlib.sha256(digest.encode())
+    for file in sorted(path.parent.iterdir()):
+        if file.suffix in (".c", ".h"):
+            found.update(hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
 
 
 @functools.lru_cache(maxsize=1024)

@@ -230,6 +230,11 @@ def test_changed_and_removed_files_are_named() -> None:
     assert changed_code(recorded) == ["infra/__init__.py", "infra/code.py", "stages/gone/module.py"]
 
 
+@pytest.mark.parametrize("name", ["", ".", "stages..core", "stages/core", "sys"])
+def test_a_record_of_what_is_no_module_of_ours_is_one_of_other_code(name: str) -> None:
+    assert len(changed_code({name: "0" * 64})) == 1
+
+
 def test_an_edit_is_seen_in_the_same_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code, "_OURS", ("mine",))
     (folder / "mine.py").write_text(PLAIN)
@@ -245,16 +250,18 @@ def test_an_edit_is_seen_in_the_same_process(folder: Path, monkeypatch: pytest.M
     del sys.modules["mine"]
 
 
-def test_the_c_file_of_a_module_is_part_of_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["compiled.c", "another.c", "shared.h"])
+def test_the_c_files_of_a_module_are_part_of_it(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(code, "_OURS", ("compiled",))
     (folder / "compiled.py").write_text(PLAIN)
-    (folder / "compiled.c").write_text("int one(void) { return 1; }")
+    for file in ("compiled.c", "another.c", "shared.h"):
+        (folder / file).write_text("int one(void) { return 1; }")
     load_function("compiled:verify")
     recorded = loaded_code()
     assert changed_code(recorded) == []
-    (folder / "compiled.c").write_text("int one(void) { return 2; }")
+    (folder / name).write_text("int one(void) { return 2; }")
     assert changed_code(recorded) == ["compiled.py"]
     del sys.modules["compiled"]
 
