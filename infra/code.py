@@ -16,6 +16,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+from infra.files import file_digest
 from schemas.artifacts import CreatedBy
 from schemas.base import UserError
 
@@ -79,12 +80,11 @@ def changed_code(recorded: dict[str, str]) -> list[str]:
     """Files, of the modules in `recorded`, whose code is another one now or is gone."""
     changed: list[str] = []
     for name, digest in sorted(recorded.items()):
-        spec = _find_spec(name)
-        origin = spec.origin if spec is not None else None
-        if origin is None or not origin.endswith(".py"):  # those built into Python have names there
+        source = _source(name)
+        if source is None:
             changed.append(name.replace(".", "/") + ".py")
-        elif _file_code_digest(Path(origin)) != digest:
-            changed.append(_relative_file(name, Path(origin)))
+        elif _file_code_digest(source) != digest:
+            changed.append(_relative_file(name, source))
     return changed
 
 
@@ -154,14 +154,22 @@ def _find_spec(name: str) -> ModuleSpec | None:
     return spec
 
 
-def _module_file(module: str, import_path: str) -> Path:
-    spec = _find_spec(module)
+def _source(name: str) -> Path | None:
+    """The file of a module, if it is written in Python."""
+    spec = _find_spec(name)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    return Path(spec.origin)
+
+
+def _module_file(module: str, import_path: str) -> Path:
+    source = _source(module)
+    if source is None:
         raise UserError(
             f"{import_path}: there is no Python module {module}{_nearest_module(module)}; "
             "run posttrain in the folder that holds it, or install it"
         )
-    return Path(spec.origin)
+    return source
 
 
 def _parse(path: Path, import_path: str) -> ast.Module:
@@ -216,7 +224,7 @@ def _file_code_digest(path: Path) -> str:
     found = hashlib.sha256(digest.encode())
     for file in sorted(path.parent.iterdir()):
         if file.suffix in (".c", ".h"):
-            found.update(hashlib.sha256(file.read_bytes()).digest())
+            found.update(file_digest(file).encode())
     return found.hexdigest()
 
 

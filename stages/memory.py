@@ -24,7 +24,7 @@ _LEAST = 16
 
 _MOST = 16384
 # On processors: elements of the widest states of a layer, 4.7 MB in float32, which a core's share
-# of the cache holds. More tokens made no model more than 1% faster, from 0.1 to 135 million
+# of the cache holds. More tokens made no model more than 3% faster, from 0.1 to 135 million
 # parameters, and took up to three times the memory beside the model's state
 # (tests.benchmarks.step).
 _CACHED_ELEMENTS = 9 * 2**17

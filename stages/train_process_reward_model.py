@@ -27,7 +27,7 @@ from stages.gradient_checkpointing import use_gradient_checkpointing
 from stages.memory import tokens_at_once
 from stages.models import load_tokenizer, load_with_head, num_parameters, save_model, to_device
 from stages.packing import micro_batches
-from stages.precision import use_precision
+from stages.precision import use_precision, weights_held
 from stages.provenance import provenance
 from stages.stability import write_audit
 from stages.tokenization import labelled_step_ends
@@ -185,13 +185,14 @@ def evaluate(
     """Held-out step accuracy, first-error F1 (ProcessBench) and calibration."""
     probabilities: list[Tensor] = [torch.empty(0)] * len(examples)
     lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
-    for indices in micro_batches(lengths, tokens_at_once(max_tokens, model)):
-        heartbeat.beat(f"evaluating on {len(examples)} held-out step records")
-        chosen = [examples[i] for i in indices]
-        right = step_logits(model, chosen).softmax(-1)[:, 1].cpu()
-        sizes = [len(example.labels) for example in chosen]
-        for index, own in zip(indices, right.split(sizes), strict=True):
-            probabilities[index] = own
+    with weights_held(model):
+        for indices in micro_batches(lengths, tokens_at_once(max_tokens, model)):
+            heartbeat.beat(f"evaluating on {len(examples)} held-out step records")
+            chosen = [examples[i] for i in indices]
+            right = step_logits(model, chosen).softmax(-1)[:, 1].cpu()
+            sizes = [len(example.labels) for example in chosen]
+            for index, own in zip(indices, right.split(sizes), strict=True):
+                probabilities[index] = own
     flat = torch.cat(probabilities)
     labels = torch.tensor([label for example in examples for label in example.labels])
     first = first_error_f1(

@@ -26,7 +26,7 @@ from stages.gradient_checkpointing import use_gradient_checkpointing
 from stages.memory import tokens_at_once
 from stages.models import load_tokenizer, load_with_head, num_parameters, save_model, to_device
 from stages.packing import micro_batches
-from stages.precision import use_precision
+from stages.precision import use_precision, weights_held
 from stages.provenance import provenance
 from stages.stability import write_audit
 from stages.tokenization import encode_pair
@@ -158,11 +158,12 @@ def evaluate(
     """Held-out accuracy (a tie counts half), calibration, and the distribution of the scores."""
     gaps = torch.zeros(len(pairs))
     scores: list[Tensor] = []
-    for indices in pair_batches(pairs, tokens_at_once(max_tokens, model)):
-        heartbeat.beat(f"evaluating on {len(pairs)} held-out pairs")
-        chosen, rejected = score_pairs(model, [pairs[i] for i in indices])
-        gaps[indices] = (chosen - rejected).cpu()
-        scores += [chosen.cpu(), rejected.cpu()]
+    with weights_held(model):
+        for indices in pair_batches(pairs, tokens_at_once(max_tokens, model)):
+            heartbeat.beat(f"evaluating on {len(pairs)} held-out pairs")
+            chosen, rejected = score_pairs(model, [pairs[i] for i in indices])
+            gaps[indices] = (chosen - rejected).cpu()
+            scores += [chosen.cpu(), rejected.cpu()]
     everything = torch.cat(scores)
     # Confidence that the chosen side is the better one, against whether it is (always): folded so
     # that the two classes are balanced.

@@ -65,7 +65,9 @@ INLINE void turn(long dim, const void *states, const float *turns, void *result,
 /* Heads one after the other, normed where they are. */
 INLINE void norm_heads(long heads, long dim, Norm norm, void *states, int format)
 {
-    for (long head = 0; norm.weight && head < heads; head++) {
+    if (!norm.weight)
+        return;
+    for (long head = 0; head < heads; head++) {
         void *one = at(states, format, head * dim);
         rms_norm_row(dim, one, format, norm.weight, norm.epsilon, one, format);
     }

@@ -83,7 +83,6 @@ _PEAK_SECONDS = 4.0
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, or what is given in its place."""
-    gc.freeze()  # as in a stage's process: see `stages.imports.import_stage`
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
@@ -465,4 +464,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as in a stage's process: see `stages.imports.import_stage`
     main()

@@ -84,9 +84,9 @@ LIKE_LLAMA = {
 def adapted(
     target_modules: str | tuple[str, ...] = "all-linear",
     rank: int = 2,
-    name: str = "biases everywhere",
+    base: str = "biases everywhere",
 ) -> PreTrainedModel:
-    model = made(LIKE_LLAMA[name])
+    model = made(LIKE_LLAMA[base])
     settings = LoRAConfig(rank=rank, alpha=3, target_modules=target_modules)
     add_adapters(model, settings, section="rl.online.lora", seed=0)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def compare(model: PreTrainedModel) -> None:
 
 
 DRAWN = {name: partial(made, LIKE_LLAMA[name]) for name in ("grouped heads", "Qwen2", "Qwen3")} | {
-    "adapters": partial(adapted, name="Qwen3", rank=4)
+    "adapters": partial(adapted, base="Qwen3", rank=4)
 }
 
 
